@@ -213,8 +213,8 @@ __all__ = [
     "main", "Settings", "ControllerSettings", "ConfigError", "Server", "Handler",
     "Controller", "CONTROLLERS", "Call", "APIError", "Category",
     "Transport", "EventStream", "BufferedBody", "AkashDecoder",
-    "Event", "Text", "Reasoning", "TextWasReasoning", "ToolCall", "Annotation", "Image",
-    "ImageProgress", "Finish", "RawBytes", "fold",
+    "Event", "Text", "Reasoning", "TextWasReasoning", "ToolCall", "Image", "ImageProgress",
+    "Finish", "RawBytes", "fold",
 ]
 # fmt: on
 
@@ -747,13 +747,6 @@ class ToolCall:
 
 
 @dataclass(frozen=True)
-class Annotation:
-    """A source of the answer's text, as in chat completions."""
-
-    fields: Dict[str, Any]
-
-
-@dataclass(frozen=True)
 class Image:
     """A finished image: job, file name and URL at the upstream; bytes if requested."""
 
@@ -794,9 +787,7 @@ class RawBytes:
     usage: Optional[Dict[str, Any]] = None  # of the answer, if the bytes contain it
 
 
-Event = Union[
-    Text, Reasoning, TextWasReasoning, ToolCall, Annotation, Image, ImageProgress, Finish, RawBytes
-]
+Event = Union[Text, Reasoning, TextWasReasoning, ToolCall, Image, ImageProgress, Finish, RawBytes]
 EVENTS: Tuple[Type[Event], ...] = get_args(Event)
 TextEvent = Union[Text, Reasoning]
 BlockEvent = Union[Text, Reasoning, ToolCall]  # what an answer's content consists of
@@ -1066,8 +1057,6 @@ def fold(events: Iterable[Event]) -> Answer:
             tools.setdefault("%x" % event.index, []).append(event)
         elif isinstance(event, Image):
             answer.images.append(event)
-        elif isinstance(event, Annotation):
-            answer.annotations.append(event.fields)
         elif isinstance(event, Finish):
             answer.finish = event
     answer.text, answer.reasoning = "".join(text), "".join(reasoning)
@@ -3934,7 +3923,7 @@ TEXT_TOKEN = re.compile(rf"{OPENING}|(?!{PARTIAL})[\s\S][^<]*")
 CALL_TOKEN = re.compile(
     rf"{MARK}|(?!{PARTIAL})(?:[\w.:-]{{1,255}}(?![\w.:-]|\Z)|[\w.:-]{{256}}|\s+|[^\w.:-])"
 )
-STRING_TOKEN = re.compile(r"""\\[\s\S]|["'\x00-\x1f]|[^"'\\\x00-\x1f]+""")
+STRING_TOKEN = re.compile(r"""\\[\s\S]|["'\x00-\x1f]|[^"'\\\x00-\x1f][^"'\\<\x00-\x1f]*""")
 KIMI_NAME = re.compile(r"^functions\.|:\d*$")
 NAMED_CALL = re.compile(r'{\s*"name"\s*:\s*"([^"\\{]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*{')
 ARGUMENT = re.compile(
@@ -4067,7 +4056,7 @@ class ToolCallFilter(TextFilter):
 
     def read(self, event: Text) -> None:
         text, at = self.pending + event.text, 0
-        while True:
+        while not self.stopped:
             match = (STRING_TOKEN if self.json.quote else self.pattern).match(text, at)
             if not match:
                 break
@@ -4090,7 +4079,7 @@ class ToolCallFilter(TextFilter):
         self.out += self.think.feed([Finish(reason, finish.usage, finish.stop_sequence)])
 
     def release(self) -> None:
-        self.tokens = [] if self.is_sent else [*self.tokens, self.pending]
+        self.tokens = [] if self.is_sent or self.stopped else [*self.tokens, self.pending]
         self.pending = ""
         self._emit_text()
         self.out += self.think.close()
@@ -4099,7 +4088,9 @@ class ToolCallFilter(TextFilter):
         self.tokens.append(token)
         self.size += len(token)
         self.reader.send(token)
-        if self.size > self.MAX_CALL:
+        # A closing think tag, of 8 tokens at most, ends what the reasoning says of calls.
+        ends = self.think.in_reasoning and "</think>" in "".join(self.tokens[-8:])
+        if ends or self.size > self.MAX_CALL:
             self.reader.throw(ValueError("it is too long"))
 
     def _read_answer(self) -> Generator[None, str, None]:
@@ -4120,8 +4111,7 @@ class ToolCallFilter(TextFilter):
         """Make an invalid call text. Raises an APIError if a part of it has been sent."""
         if self.is_sent:
             self.stopped = True
-            name = self.tools.upstream_name
-            raise APIError(502, f"{name} sent an invalid tool call.", code="invalid_tool_call")
+            raise APIError(502, f"{self.tools.upstream_name} sent an invalid tool call.")
         is_reasoning = self.think.in_reasoning
         self._emit_text()
         if not is_reasoning:
@@ -4146,6 +4136,9 @@ class ToolCallFilter(TextFilter):
             else:
                 raise ValueError("reasoning follows")
         self._send_calls()
+        if self.tools.single and token:
+            self.stopped = True
+            self.out.append(Finish("tool_calls"))
         while token in CLOSING_MARKS or token.isspace():
             token = yield
             if token in CLOSING_MARKS:
@@ -4464,7 +4457,7 @@ def _is_system(message: Dict[str, Any]) -> bool:
 
 def _reminder(message: Dict[str, Any]) -> Dict[str, Any]:
     """A system message as one of the user."""
-    content = message["content"]
+    content = message.get("content") or ""
     if isinstance(content, str):
         content = f"<system-reminder>\n{content}\n</system-reminder>"
     return {"role": "user", "content": content}
@@ -4472,7 +4465,7 @@ def _reminder(message: Dict[str, Any]) -> Dict[str, Any]:
 
 def _join_messages(role: str, messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
     """Join messages to one, if there are any."""
-    contents = [message["content"] for message in messages]
+    contents = [message.get("content") or "" for message in messages]
     if len(contents) < 2:
         return messages
     if all(isinstance(content, str) for content in contents):
@@ -4480,7 +4473,7 @@ def _join_messages(role: str, messages: List[Dict[str, Any]]) -> List[Dict[str, 
     parts = [
         part
         for content in contents
-        for part in ([{"type": "text", "text": content}] if isinstance(content, str) else content)
+        for part in (content if isinstance(content, list) else [{"type": "text", "text": content}])
     ]
     return [{"role": role, "content": parts}]
 
@@ -4539,7 +4532,7 @@ class ToolAdapter:
 
 def has_tools(call: Call) -> bool:
     """Whether a chat offers tools, or has had calls."""
-    is_chat = not call.relay_only and not call.image_count
+    is_chat = not (call.relay_only or call.image_count or call.translation_error)
     return is_chat and (
         bool(call.body.get("tools"))
         or any(item.get("tool_calls") or item["role"] == "tool" for item in call.body["messages"])
@@ -6274,10 +6267,12 @@ class AkashController(Controller):
         return call.image_count > 0 or self.IMAGE_MODEL in (call.model, self.upstream_model(call))
 
     def events(self, call: Call) -> Iterable[Event]:
-        data, stop_filter, call.attempt.ignored_params, tokens = call.prepared_requests[self.name]
+        body, stop_filter, call.attempt.ignored_params = call.prepared_requests[self.name]
+        # Only now: a pool may have many such controllers, each with all of a large body.
+        data = request_json(body, len(call.original.raw_body))
         if self._is_image(call):
             return self.images.events(call, data)
-        self._check_context(call, tokens)
+        self._check_context(call, body)
         cookie = self.session.get(call.scope)
         reason = call.attempt.retry_reason
         response = self._send(
@@ -6287,8 +6282,14 @@ class AkashController(Controller):
             response, lambda response: self._decoder(call, response, stop_filter, cookie)
         )
 
-    def _check_context(self, call: Call, tokens: int) -> None:
-        """Note that Akash Chat will cut the conversation, or refuse it; APIError 400."""
+    def _check_context(self, call: Call, body: Dict[str, Any]) -> None:
+        """Note that Akash Chat will cut the conversation, or refuse it; APIError 400.
+
+        Compares an estimate of the prompt's tokens, as Akash Chat counts them.
+        """
+        messages = [*body["messages"], *body["context"]]
+        texts = [body["system"], *(message["content"] for message in messages)]
+        tokens = tokens_of(sum(map(token_units, texts)))
         if tokens > AKASH_SMALL:
             with contextlib.suppress(APIError):
                 self.models()
@@ -6308,11 +6309,8 @@ class AkashController(Controller):
             )
         call.attempt.overflow = f"about {tokens} tokens > {room}"
 
-    def _prepare(self, call: Call) -> Tuple[bytes, StopFilter, List[str], int]:
-        """Return the request body, the filter of its answer, and what is ignored of it.
-
-        The last element is an estimate of the prompt's tokens, as Akash Chat counts them.
-        """
+    def _prepare(self, call: Call) -> Tuple[Dict[str, Any], StopFilter, List[str]]:
+        """Return the request body, the filter of its answer, and what is ignored of it."""
         if call.relay_only:
             raise APIError(
                 404, f"Akash Chat does not offer {call.original.path[:200]!r}.", code="not_found"
@@ -6328,11 +6326,7 @@ class AkashController(Controller):
         limit = next((name for name in limits if fields.get(name) is not None), "")
         max_tokens = number_field(fields, limit, None, integer=True, minimum=1)
         stop_filter = StopFilter(stop_sequences(fields), max_tokens)
-        messages = [*body["messages"], *body["context"]]
-        texts = [body["system"], *(message["content"] for message in messages)]
-        tokens = tokens_of(sum(map(token_units, texts)))
-        data = request_json(body, len(call.original.raw_body))
-        return data, stop_filter, [*dropped, *ignored], tokens
+        return body, stop_filter, [*dropped, *ignored]
 
     def secrets(self, cookie: Optional[str] = None) -> List[str]:
         """List the strings to redact from errors: keys, header values and cookies."""
@@ -6604,7 +6598,7 @@ class ChatDecoder(Decoder):
         self.calls = ToolCallAssembler(upstream_name)
         self.reason: Optional[str] = None
         self.stop_sequence = ""
-        self.usage: Any = None  # the last one, as the upstream has sent it
+        self.usage: Dict[str, Any] = {}  # as the upstream has sent it
 
     def feed(self, data: bytes) -> List[Event]:
         out = self._decode(self.lines.feed(data))
@@ -6657,7 +6651,9 @@ class ChatDecoder(Decoder):
         """Decode a chunk, or a whole completion, whose choices have ``key``."""
         if is_chat_error(body):
             raise error_from_body(self.upstream_name, 200, body, self.secrets)
-        self.usage = find_usage(body) or self.usage
+        usage = find_usage(body)
+        if usage and has_counts(usage):
+            self.usage = merge_counts(self.usage, usage)
         for choice in map(as_dict, as_list(body.get("choices"))):
             if choice.get("error"):
                 raise error_from_body(self.upstream_name, 200, choice, self.secrets)
@@ -6709,16 +6705,10 @@ class CallInProgress:
     def feed(self, text: str) -> str:
         """Add a fragment of the arguments; return what is new in it.
 
-        Some servers send with each fragment all of them so far, or at the end all of them again, or
-        encode them twice.
+        Some servers send with each fragment all of them so far, or at the end all of them again.
         """
-        if not self.size and (self.quoted or text.lstrip()[:1] == '"'):
-            self.quoted.append(text)
-            self._scan(text)
-            if self.in_string:
-                return ""
-            text = as_str(json_or_none("".join(self.quoted).encode("utf-8", "replace")))
-            self.quoted, self.depth, self.opened = [], 0, False
+        if not self.size:
+            text = self._decode_string(text)
         if self.opened and self.size <= len(text) and text.startswith("".join(self.arguments)):
             text = text[self.size :]
         if self.size and self.complete:
@@ -6729,6 +6719,18 @@ class CallInProgress:
         self.arguments.append(text)
         self.size += len(text)
         return text
+
+    def _decode_string(self, text: str) -> str:
+        """Return the arguments in a JSON string (encoded twice) once it is complete."""
+        if not self.quoted and text.lstrip()[:1] != '"':
+            return text
+        self.quoted.append(text)
+        self._scan(text)
+        if self.in_string:
+            return ""
+        decoded = json_or_none("".join(self.quoted).encode("utf-8", "replace"))
+        self.quoted, self.depth, self.opened = [], 0, False
+        return as_str(decoded)
 
     def _scan(self, text: str) -> None:
         marks = self._MARKS.findall(self.escape + text)
@@ -6865,8 +6867,6 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
         events.append(Reasoning(reasoning))
     if isinstance(content, str) and content:
         events.append(Text(content))
-    annotations = filter(None, map(as_dict, as_list(message.get("annotations"))))
-    events.extend(map(Annotation, annotations))
     calls = as_list(message.get("tool_calls"))
     if isinstance(message.get("function_call"), dict):
         calls = [{"index": 0, "function": message["function_call"]}]
@@ -6983,6 +6983,8 @@ def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
         groups = [as_dict(fields.get(f"{each}_tokens_details")) for each in (kind, alias)]
         count = find_count(name, *groups, fields)
         if count:
+            if kind == "completion" and total == prompt + completion + count:
+                usage["completion_tokens"] += count  # xAI and others count reasoning apart
             details = usage.setdefault(f"{kind}_tokens_details", {})
             details[name] = min(count, usage[f"{kind}_tokens"] - sum(details.values()))
     return {**usage, "estimated": True} if is_estimated(fields) else usage
@@ -7007,7 +7009,7 @@ MAX_USAGES = 16  # that are parsed; all but one may be null, or tools' own
 
 
 def last_usage(data: bytes) -> Dict[str, Any]:
-    """Return the last counts above 0 in objects named "usage" in JSON; {} without any."""
+    """Return the counts in the last objects named "usage" in JSON; {} without any."""
     counts: Dict[str, Any] = {}
     at = len(data)
     for _ in range(MAX_USAGES):
@@ -7017,9 +7019,20 @@ def last_usage(data: bytes) -> Dict[str, Any]:
         text = data[at + len(b'"usage"') : at + MAX_USAGE].decode("utf-8", "replace")
         with contextlib.suppress(ValueError, RecursionError):
             usage = as_dict(_JSON.raw_decode(text.lstrip(" \t\r\n:"))[0])
-            if any(map(count_or_none, usage.values())):
-                counts = {**{name: count for name, count in usage.items() if count}, **counts}
+            if has_counts(usage):
+                counts = merge_counts(usage, counts)
     return counts
+
+
+def has_counts(usage: Any) -> bool:
+    """Whether a usage has a count above 0."""
+    return any(map(count_or_none, as_dict(usage).values()))
+
+
+def merge_counts(earlier: Dict[str, Any], later: Dict[str, Any]) -> Dict[str, Any]:
+    """Merge the usages of an answer; null and 0 do not replace a count."""
+    replaced = {name: count for name, count in later.items() if count or name not in earlier}
+    return {**earlier, **replaced}
 
 
 class StreamEnd(NamedTuple):
@@ -7028,13 +7041,13 @@ class StreamEnd(NamedTuple):
     pattern: Pattern[bytes]
     hints: Tuple[bytes, ...]  # one is in every match, and rfind() is faster than the pattern
     mid_stream: Tuple[bytes, ...] = ()  # ends of typical events that need no search for a match
-    is_last_event: bool = False  # nothing follows the match, unless that is an error
+    last_events: Tuple[bytes, ...] = ()  # in matches that nothing needs to follow
 
     def find(self, data: bytes) -> bytes:
         """Return the match; b"" without one."""
         # From the end, where the marks are: half of the decoder's time for 200 tokens at once.
         matches = (
-            self.pattern.search(data, max(0, at - 8)) or self.pattern.search(data)
+            self.pattern.search(data, max(0, at - 12)) or self.pattern.search(data)
             for at in map(data.rfind, self.hints)
             if at >= 0
         )
@@ -7055,14 +7068,14 @@ STREAM_ENDS = {
     CHAT_PATH: CHAT_END,
     "/v1/completions": CHAT_END,
     "/v1/messages": StreamEnd(
-        re.compile(rb'"type" ?: ?"(?:message_stop|error)"'),
-        (b"message_stop", b"error"),
-        is_last_event=True,
+        re.compile(rb'"type" ?: ?"(?:message_stop|error)"|"stop_reason" ?: ?"[a-z]'),
+        (b"message_stop", b"error", b'"stop_reason":"', b'"stop_reason": "'),
+        last_events=(b"message_stop",),
     ),
     "/v1/responses": StreamEnd(
         re.compile(rb'"type" ?: ?"(?:response\.(?:completed|incomplete|failed)|error)"'),
         (b"response.completed", b"response.incomplete", b"response.failed", b"error"),
-        is_last_event=True,
+        last_events=(b"response.",),
     ),
 }
 
@@ -7151,7 +7164,8 @@ class PassthroughDecoder(Decoder):
 
     def _usage(self) -> Optional[Dict[str, Any]]:
         """Return the usage of the answer so far."""
-        return chat_usage({**self.first_usage, **last_usage(b"".join(self.last_parts))})
+        counts = last_usage(b"".join(self.last_parts))
+        return chat_usage(merge_counts(self.first_usage, counts))
 
     def fast_path(self, data: bytes) -> bytes:
         """Return data that consists of complete mid-stream events only, else b""."""
@@ -7170,10 +7184,10 @@ class PassthroughDecoder(Decoder):
 
     def _find_end(self, data: bytes) -> bytes:
         """Return the data up to [DONE], if it contains that; look for the stream's end."""
-        if self.end and not self.end_seen:
+        if self.end and not self.ended:
             match = self.end.find(data)
-            self.end_seen = match != b""
-            self.ended = self.end_seen and self.end.is_last_event and b"error" not in match
+            self.end_seen = self.end_seen or match != b""
+            self.ended = any(event in match for event in self.end.last_events)
         at = data.rfind(b"[DONE]")  # much faster than find() and the pattern
         if at >= 0 and data.rfind(b"[DONE]", 0, at) >= 0:
             at = data.find(b"[DONE]")  # the first one of several ends the answer
@@ -7546,6 +7560,8 @@ SUMMARY_BY_CODE = {"timeout": "no answer in time", "image_failed": "the image fa
 AUTH_COOLDOWN, BACKOFF_BASE, BACKOFF_MAX = 600.0, 1.0, 60.0  # seconds
 # Those with cool-downs of a length we guess.
 BACKOFF_CATEGORIES = (Category.AUTH, Category.NETWORK, Category.SERVER)
+# Those whose cause may be one client's request, such as a model that is broken.
+OF_ONE_REQUEST = (Category.AUTH, Category.SERVER)
 KEY_TRUST = 300.0  # seconds after a success during which one rejection doesn't prove a key bad
 RECHECK = 600.0  # seconds of a cool-down after which a single request probes the upstream
 MAX_MODEL_COOLDOWNS = 256  # cool-downs of single models per controller
@@ -7590,6 +7606,8 @@ class Upstream:
       been that of one request, or the account topped up. An upstream that reports whether its
       limit is over is asked for that instead.
     * An only candidate skips back-off and obeys rate limits only, as in nginx.
+    * If all candidates cool down for longer than a call may wait, one is used whose cool-downs are
+      OF_ONE_REQUEST.
     """
 
     def __init__(self, controller: Controller, previous: Optional["Upstream"] = None) -> None:
@@ -8095,15 +8113,16 @@ class Pool:
     def _enqueue(self, waiter: Waiter, now: float) -> Upstream:
         """Queue a call: raises Queued, or an error if waiting is useless.
 
-        Waiting is useless if no upstream will be available by the deadline. In that case one in an
-        auth cool-down is returned, if there is any: either it serves the call, so that one client's
-        request can't block the others, or the client gets the error that names the cause.
+        Waiting is useless if no upstream will be available by the deadline. In that case one with
+        a cool-down OF_ONE_REQUEST is returned, if there is any: either it serves the call, so that
+        one client's request can't block the others, or the client gets the error that names the
+        cause.
         """
         exchange = waiter.exchange
         if not waiter.candidates or exchange.other_models:
             raise waiter.error(now)
         if now >= waiter.deadline or waiter.available_at(waiter.candidates, now) > waiter.deadline:
-            upstream = self._pick(waiter, now, also_ignored=(Category.AUTH,))
+            upstream = self._pick(waiter, now, also_ignored=OF_ONE_REQUEST)
             if upstream is None:
                 raise waiter.error(now)
             return upstream
@@ -8767,8 +8786,6 @@ class ChatCompletions(Dialect):
             return self.frame({"reasoning_content": event.text})
         if isinstance(event, ToolCall):
             return self.frame({"tool_calls": [{"index": event.index, **tool_call(event)}]})
-        if isinstance(event, Annotation):
-            return self.frame({"annotations": [event.fields]})
         if isinstance(event, Finish):
             return self.finish_frames(event)
         return super().encode_event(event)
@@ -8784,8 +8801,6 @@ class ChatCompletions(Dialect):
         message: Dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if answer.reasoning:
             message["reasoning_content"] = answer.reasoning
-        if answer.annotations:
-            message["annotations"] = answer.annotations
         if answer.tools:
             message["content"] = text or None
             message["tool_calls"] = list(map(tool_call, answer.tools))
@@ -8896,7 +8911,11 @@ class Images(Dialect):
 
 
 ChatParts = List[Dict[str, Any]]  # the content of a chat's message
-TEXT_TYPES = ("text", "input_text", "output_text", "refusal")  # of blocks
+# Types of blocks whose text is in the field of that name. The second one stands in Codex's messages
+# between agents; it is encrypted only if it begins with ENCRYPTED_PREFIX.
+NAMED_TEXT_TYPES = ("refusal", "encrypted_content")
+ENCRYPTED_PREFIX = "gAAAAA"
+TEXT_TYPES = ("text", "input_text", "output_text", *NAMED_TEXT_TYPES)
 
 
 class BlockDialect(Dialect):
@@ -9075,8 +9094,9 @@ class BlockDialect(Dialect):
             return [{"type": "text", "text": block}]
         fields = as_dict(block)
         block_type, source = fields.get("type"), as_dict(fields.get("source"))
-        text = fields.get("refusal" if block_type == "refusal" else "text")
-        if block_type in TEXT_TYPES and isinstance(text, str):
+        text = fields.get(block_type if block_type in NAMED_TEXT_TYPES else "text")
+        is_encrypted = str(fields.get("encrypted_content")).startswith(ENCRYPTED_PREFIX)
+        if block_type in TEXT_TYPES and isinstance(text, str) and not is_encrypted:
             return [{"type": "text", "text": text}]
         if block_type in ("image", "input_image"):
             url = fields.get("image_url") or source.get("url")
@@ -9536,7 +9556,8 @@ class Messages(BlockDialect):
         chat: Dict[str, Any] = {"user": self.user_name(body)}
         response_format = as_dict(config.get("format") or body.get("output_format"))
         if response_format.get("type") == "json_schema":
-            named = {**response_format, "name": "answer", "strict": True}
+            strict = is_strict_schema(response_format.get("schema"))
+            named = {**response_format, "name": "answer", "strict": strict}
             chat["response_format"] = self.response_format(named)
         self.untranslated += [f"output_config.{name}" for name in config if name != "format"]
         if "budget_tokens" in thinking:  # many models reject reasoning_effort
@@ -9707,6 +9728,18 @@ def overflow_message(error: APIError) -> str:
     return f"prompt is too long: {known}"
 
 
+def is_strict_schema(schema: Any) -> bool:
+    """Whether OpenAI accepts a schema as strict: nothing in it is optional."""
+    if isinstance(schema, list):
+        return all(map(is_strict_schema, schema))
+    fields = as_dict(schema)
+    properties, required = as_dict(fields.get("properties")), as_list(fields.get("required"))
+    is_open = "properties" in fields and fields.get("additionalProperties") is not False
+    if is_open or "allOf" in fields or set(properties) - set(map(str, required)):
+        return False
+    return all(map(is_strict_schema, fields.values()))
+
+
 def without_billing_header(part: Dict[str, Any]) -> Dict[str, Any]:
     """A part without Claude Code's first line, which would defeat prompt caches."""
     text = part.get("text", "")
@@ -9809,7 +9842,6 @@ class Responses(BlockDialect):
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         self.output: List[Dict[str, Any]] = []  # completed items
         self.custom_tools: Set[str] = set()  # names, as they are sent
-        self.annotations: List[Dict[str, Any]] = []  # of the open or next text
         super().__init__(body, base_url)
 
     # -- the request
@@ -9866,6 +9898,8 @@ class Responses(BlockDialect):
             is_result = is_call_result(item)
             if item_type == "message":
                 messages.append((param, item.get("role"), item.get("content")))
+            elif item_type == "agent_message":
+                messages.append((param, "user", item.get("content")))
             elif is_result and was_result:
                 messages[-1][2].append(item)
             else:
@@ -9915,7 +9949,6 @@ class Responses(BlockDialect):
 
     def start_block(self, event: BlockEvent) -> bytes:
         prefix, name, _, index, more = self.ITEM_WIRE[type(event)]
-        self.annotations = []
         item = self.output_item(event, prefix + new_id(), "in_progress")
         self.open_item: Any = event
         self.item_ref = {"item_id": item["id"], "output_index": self.block_index, **index}
@@ -9929,16 +9962,6 @@ class Responses(BlockDialect):
             return call
         return CustomToolCall(call.index, custom_input(arguments), call.id, call.name)
 
-    def encode_event(self, event: Event) -> bytes:
-        if not isinstance(event, Annotation):
-            return super().encode_event(event)
-        if self.open_block != self.block_key(Text("")):
-            return b""
-        annotation, index = response_annotation(event.fields), len(self.annotations)
-        self.annotations.append(annotation)
-        fields = {**self.item_ref, "annotation_index": index, "annotation": annotation}
-        return self.frame("response.output_text.annotation.added", **fields)
-
     def delta(self, text: str) -> bytes:
         if isinstance(self.open_item, CustomToolCall):  # its input is within incomplete JSON
             return b""
@@ -9949,15 +9972,16 @@ class Responses(BlockDialect):
         return b'%b%d,"delta":%b}\n\n' % (self.head, self.sequence_number - 1, to_json(text))
 
     def stop_block(self, text: str) -> bytes:
-        _, name, _, _, more = self.ITEM_WIRE[type(self.open_item)]
-        frames, field = b"", "arguments" if isinstance(self.open_item, ToolCall) else "text"
-        if isinstance(self.open_item, CustomToolCall):
-            text = custom_input(text)
+        item, frames = self.open_item, b""
+        _, name, _, _, more = self.ITEM_WIRE[type(item)]
+        if isinstance(item, CustomToolCall):
+            text, field = custom_input(text), "input"
             frames = self.delta_frame(text)
-        elif field == "arguments":
-            text = text or "{}"
-        event = dataclasses.replace(self.open_item, **{field: text})
-        field = "input" if frames else field
+        elif isinstance(item, ToolCall):
+            text, field = text or "{}", "arguments"
+        else:
+            field = "text"
+        event = dataclasses.replace(item, **{"text" if field == "text" else "arguments": text})
         self.output.append(self.output_item(event, self.item_ref["item_id"]))
         return (
             frames
@@ -9991,7 +10015,6 @@ class Responses(BlockDialect):
         return frames + self.frame("response.failed", response=response)
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        self.annotations = list(map(response_annotation, answer.annotations))
         self.output = [
             self.output_item(event, self.ITEM_WIRE[type(event)][0] + new_id())
             for event in self.answer_blocks(answer)
@@ -10022,12 +10045,12 @@ class Responses(BlockDialect):
             "usage": response_usage(usage) if usage else None,
         }
 
-    def part_object(self, event: TextEvent) -> Dict[str, Any]:
+    @staticmethod
+    def part_object(event: TextEvent) -> Dict[str, Any]:
         """The only part of a message or of reasoning."""
         if isinstance(event, Reasoning):
             return {"type": "summary_text", "text": event.text}
-        fields = {"annotations": self.annotations, "logprobs": []}
-        return {"type": "output_text", "text": event.text, **fields}
+        return {"type": "output_text", "text": event.text, "annotations": [], "logprobs": []}
 
     def output_item(
         self, event: BlockEvent, item_id: str, status: str = "completed"
@@ -10056,12 +10079,6 @@ class Responses(BlockDialect):
             "role": "assistant",
             "content": parts,
         }
-
-
-def response_annotation(fields: Dict[str, Any]) -> Dict[str, Any]:
-    """An annotation as Responses has it, with the fields of its inner object."""
-    kind = str(fields.get("type"))
-    return {"type": kind, **as_dict(fields[kind])} if kind in fields else fields
 
 
 def response_usage(usage: Dict[str, Any]) -> Dict[str, Any]:
@@ -10803,12 +10820,11 @@ class Connection:
             self._discard_body(request)
         request.error = error
         self.state, self.deadline = State.DISPATCHED, math.inf
-        task = functools.partial(self.server.serve_request, request)
         if error is None and self.server.gate.is_health_check(request):
             request.writer.send = self.send
-            task()
+            self.server.serve_request(request)
         else:
-            self.submit(request, task)
+            self.submit(request, functools.partial(self.server.serve_request, request))
 
     def submit(self, request: Request, task: Callable[[], None]) -> None:
         """Run a step of the request on a worker; reject or disconnect without one."""

@@ -3116,6 +3116,15 @@ def test_tokens_in_caches_are_counted_once(usage, read, written, streamed, fake,
     assert found["input_tokens"] == 100 and found["input_tokens_details"] == {"cached_tokens": read, "cache_write_tokens": written}
 
 
+@pytest.mark.parametrize("usage, completion, reasoning", [
+    ({"completion_tokens": 9, "total_tokens": 169, "completion_tokens_details": {"reasoning_tokens": 60}}, 69, 60), ({"completion_tokens": 0, "total_tokens": 160, "reasoning_tokens": 60}, 60, 60),
+    ({"completion_tokens": 69, "total_tokens": 169, "completion_tokens_details": {"reasoning_tokens": 60}}, 69, 60), ({"completion_tokens": 9, "completion_tokens_details": {"reasoning_tokens": 60}}, 9, 9),
+])
+def test_reasoning_that_is_counted_apart_is_added(usage, completion, reasoning):
+    found = akashproxy.chat_usage({"prompt_tokens": 100, **usage})
+    assert (found["completion_tokens"], found["completion_tokens_details"]["reasoning_tokens"]) == (completion, reasoning)
+
+
 COUNTED = b'"usage":{"prompt_tokens":11,"completion_tokens":7,"total_tokens":18}'
 ANTHROPIC = (b'event: message_start\ndata: {"type":"message_start","message":{"usage":{"input_tokens":9,"cache_read_input_tokens":2,"output_tokens":1}}}\n\n'
              b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":7}}\n\n'
@@ -3169,6 +3178,11 @@ def test_a_relayed_stream_is_complete_with_its_last_event(path, body, ended, fak
     "several data lines": (b'data: {"choices":\ndata: [{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n', [T("a"), Finish("stop")], None),
     "no [DONE]": (b"".join(FakeOpenAI.words("Hi"))[:-len("data: [DONE]\n\n")], [T("Hi"), Finish("stop")], None),
     "no last blank line": (FakeOpenAI.event({"content": "a"}, "stop")[:-1], [T("a"), Finish("stop")], None),
+    "usage in two parts, then zeros": (b'data: {"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":0}}\n\n' + FakeOpenAI.event({"content": "a"}, "stop")
+                                       + b'data: {"choices":[],"usage":{"prompt_tokens":null,"completion_tokens":7}}\n\ndata: {"choices":[],"usage":{"prompt_tokens":0,"completion_tokens":0}}\n\n',
+                                       [T("a"), Finish("stop", USAGE)], None),
+    "usage of nothing": (FakeOpenAI.event({}, "stop")[:-3] + b',"usage":{"prompt_tokens":11,"completion_tokens":0}}\n\n',
+                         [Finish("stop", {"prompt_tokens": 11, "completion_tokens": 0, "total_tokens": 11})], None),
     "usage after the end": (FakeOpenAI.event({"content": "a"}, "stop") + b'data: {"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":7}}\n\n'
                             b"data: [DONE]\n\n", [T("a"), Finish("stop", USAGE)], None),
     "usage before it": (b'data: {"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":7,"total_tokens":18}}\n\n'
@@ -3263,6 +3277,14 @@ def test_a_whole_answer_needs_no_reason_to_end(choice, status, fake, pool):
     fake.sends(reply(body={"choices": [{"message": {"content": "a"}, **choice}]}))
     got = ask(pool(fake), "POST", "/v1/messages", ASKED)
     assert got.status == status and (status == 502 or got.json["stop_reason"] == "end_turn")
+
+
+@pytest.mark.parametrize("reason, error", [('"end_turn"', False), ("null", True)])
+def test_a_relayed_message_needs_a_reason_to_end(reason, error, fake, pool):
+    body = ANTHROPIC[:ANTHROPIC.index(b"event: message_stop")].replace(b'"end_turn"', reason.encode())
+    fake.sends(reply(body=body, kind="text/event-stream"))
+    got = ask(pool((fake, {"paths": ["*"]})), "POST", "/v1/messages", {**ASKED, "stream": True})
+    assert got.body.startswith(body) and (b"ended its answer early" in got.body) == error
 
 
 @pytest.mark.parametrize("reason, error", [("STOP", False), ("MAX_TOKENS", False), ("null", True), ("", True)])
@@ -3444,6 +3466,20 @@ def test_when_all_cool_down_the_soonest_is_told(a, b, pool):
         got = chat(server, BOTH)
         assert got.status == 429 and got.json["error"]["code"] == code and 38 <= int(got.headers["retry-after"]) <= 40
     assert len(a.bodies()) == len(b.bodies()) == 1
+
+
+@pytest.mark.parametrize("kind", ["akash", "openai"])
+def test_a_broken_model_keeps_no_other_model_from_being_served(kind, pool):
+    fakes = [FakeAkash(), FakeAkash()] if kind == "akash" else [FakeOpenAI(), FakeOpenAI()]
+    failed = STREAM_HEAD + chunks(b'3:"Internal Server Error"\n') if kind == "akash" else reply(500, b"{}")
+    for fake in fakes:
+        fake.answer = lambda sock, request, answer=fake.answer: (
+            sock.sendall(failed) or True if b'"broken"' in request.body else answer(sock, request))
+    server = known(pool(*fakes))
+    for _ in range(9):
+        assert chat(server, BOTH, model="broken").status == 502
+    assert any(state["rests_for_seconds"] for state in ask(server, path="/status").json["controllers"])
+    assert chat(server, BOTH).status == 200
 
 
 def test_a_short_cool_down_is_waited_for(a, b, pool):
@@ -5311,6 +5347,10 @@ DEVELOPER, SAYS = developer("B"), assistant("doing")
                 [called(("c1", "local_shell", '{"command":["ls"]}')), R1]),
     "a patch": ([{"type": "apply_patch_call", "call_id": "c1", "operation": {"path": "a"}}, {"type": "apply_patch_call_output", "call_id": "c1", "output": "1"}],
                 [called(("c1", "apply_patch", '{"path":"a"}')), R1]),
+    "a message of another agent": ([{"type": "agent_message", "author": "/root", "recipient": "/root/a", "content": [{"type": "input_text", "text": "Payload:"}, {"type": "encrypted_content", "encrypted_content": "go"}]}],
+                                   [user("Payload:\n\ngo")]),
+    "an encrypted one": ([user("x"), {"type": "agent_message", "content": [{"type": "encrypted_content", "encrypted_content": "gAAAAABx"}]}],
+                         [user("x"), user("[A block of type 'encrypted_content' is left out.]")]),
     "a search on the server": ([user("x"), {"type": "web_search_call", "id": "ws_1", "action": {"type": "search"}}, user("y")], [user("x"), user("y")]),
     "a PDF in an output": ([CALL_ITEM, {**OUTPUT_ITEM, "output": [PDF_FILE]}], [C1, returned("c1", PDF_NOTE)]),
     "a PDF in the first of two messages": ([user([PDF_FILE]), system("B"), user("y")], [system("B"), user(PDF_NOTE), user("y")]),
@@ -5461,6 +5501,16 @@ def test_values_in_ids_are_limited_as_those_of_a_body(calls, is_accepted):
 LONG = "mcp__plugin_some_marketplace_and_a_server_with_a_long_name__a_tool_with_a_long_name"
 
 
+CLOSED = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize("schema, strict", [({"type": "string"}, True), (CLOSED, True), ({"$defs": {"x": CLOSED}, "anyOf": [CLOSED, {"type": "null"}]}, True), ({**CLOSED, "required": []}, False),
+                                            ({**CLOSED, "additionalProperties": True}, False), ({"anyOf": [CLOSED, {**CLOSED, "required": ["b"]}]}, False), ({"allOf": [CLOSED]}, False), (None, True)])
+def test_schemas_that_openai_accepts_as_strict(schema, strict):
+    sent = akashproxy.Messages({**ASKED, "output_config": {"format": {"type": "json_schema", "schema": schema}}}).call.body["response_format"]["json_schema"]
+    assert sent["strict"] == strict and sent.get("schema") == schema
+
+
 @table({
     # name: (the client's name, its namespace or None, pattern of the name that is sent)
     "a usual one": ("f", None, "f"),
@@ -5488,22 +5538,6 @@ def test_names_of_tools_are_sent_as_upstreams_take_them(name, space, pattern, st
     if not space:
         block, = items_of(ask(server, "POST", "/v1/messages", {**ASKED, "stream": streamed, "tools": [{"name": name}], "messages": [user("x")]}))
         assert block["name"] == name and fake.bodies()[-1]["tools"][0]["function"]["name"] == used
-
-
-def test_sources_of_the_text(streamed, fake, pool):
-    source = {"url": "http://s", "title": "T", "start_index": 0, "end_index": 1}
-    sources = {"annotations": [{"type": "url_citation", "url_citation": source}, {"type": "odd", "n": 1}, 7]}
-    fake.faults += [answered({"content": "a"}, {"content": "", **sources}, calls((0, "c1", "f", "{}")), sources, finish="tool_calls")] * 2
-    server, expected = pool(fake), [{"type": "url_citation", **source}, {"type": "odd", "n": 1}]
-    got = ask(server, "POST", "/v1/responses", {**WANTED, "stream": streamed})
-    message, call = (named_events(got.body)[-1]["response"] if streamed else got.json)["output"]
-    assert message["content"][0]["annotations"][:2] == expected and call["type"] == "function_call"
-    if streamed:
-        added = [event for event in named_events(got.body) if event["type"] == "response.output_text.annotation.added"]
-        assert [(event["annotation_index"], event["annotation"], event["item_id"]) for event in added] == [(at, each, message["id"]) for at, each in enumerate(expected)]
-        assert named_events(got.body)[3]["part"]["annotations"] == []
-    else:
-        assert chat(server, BOTH).json["choices"][0]["message"]["annotations"] == sources["annotations"][:2] * 2
 
 
 @pytest.mark.parametrize("arguments, expected", [('{"input":"a\\u00e9\\n"}', "a\u00e9\n"), ('{"patch":"a"}', "a"), ('{"input":"a","x":1}', '{"input":"a","x":1}'), ('{"input":"a', '{"input":"a'), ("a", "a"), ("{}", "")])
@@ -5738,6 +5772,8 @@ TOOL_ANSWERS = {    # an answer: its text, its calls
     "calls that end the answer in an open think tag": (f"<think>\nSo:\n<tool_call>{KYIV}</tool_call>\n<tool_call>{LONG_CALL}<tool_call>{LVIV}\n", "",
                                                        [IN_KYIV, ("write", LONG), ("weather", {"city": "Lviv"})]),
     "a call in an open think tag, and reasoning after it": (f"<think>\n<tool_call>{LONG_CALL}</tool_call>\nor not", "", []),
+    **{f"an open {name} in think tags": (f"<think>\nI'd write {call}\n</think>\n\nA <b>\n<tool_call>{KYIV}</tool_call>", "A <b>\n", [IN_KYIV])
+       for name, call in {"string": '<tool_call>{"name": "now', "quote": "<tool_call>{name: ...} or it's", "object": "<tool_call>{", "argument": "<function=write>\n<parameter=path>"}.items()},
     "think tags after a call": (f"A\n<tool_call>{KYIV}</tool_call>\n<think>b</think>", "A\n\n<think>b</think>", [IN_KYIV]),
     "a think tag in an argument": ('A\n<tool_call>{"name": "write", "arguments": {"content": "(</think>)"}}</tool_call>', "A\n", [("write", {"content": "(</think>)"})]),
     "a think tag in a parameter": ("<function=write>\n<parameter=content>\n\n</think>\n\n</parameter>\n</function>", "", [("write", {"content": "\n</think>\n"})]),
@@ -5821,12 +5857,16 @@ def test_only_what_may_begin_a_call_is_held_back():
     assert fold(step.feed([Text("a <b> [c] <tool")])).text == "a <b> [c] " and fold(step.feed([Text("s>")])).text == "<tools>"
 
 
-def test_without_parallel_calls_only_the_first_one_is_sent():
-    for call in (KYIV, '{"name": "write", "arguments": {"content": "%s"}}' % ("x" * 999)):    # one that is sent at once, and one in parts
-        step = akashproxy.ToolCallFilter(prompted(parallel_tool_calls=False))
-        answer = fold(filtered(step, re.findall("(?s).{1,99}", f"A <tool_call>{call}</tool_call>\n<tool_call>{KYIV}{call}</tool_call>\nB")))
-        assert [each.index for each in answer.tools] == [0] and json.loads(call)["arguments"] == json.loads(answer.tools[0].arguments)
-        assert answer.text == "A \nB" and answer.finish == Finish("tool_calls")
+def test_without_parallel_calls_the_first_one_ends_the_answer():
+    for call in (KYIV, LONG_CALL):    # one that is sent at once, and one in parts
+        answer = f"A <tool_call>{call}\n{KYIV}</tool_call>\n<tool_call>{KYIV}</tool_call>\nB"
+        for parts in ([answer], re.findall("(?s).{1,9}", answer)):
+            step = akashproxy.ToolCallFilter(prompted(parallel_tool_calls=False))
+            events = filtered(step, parts) + step.close()
+            got = fold(events)
+            assert step.stopped and [type(event) for event in events].count(Finish) == 1 and type(events[-1]) is Finish
+            assert (got.text, [json.loads(each.arguments) for each in got.tools], got.finish) == ("A ", [json.loads(call)["arguments"]], Finish("tool_calls"))
+    assert fold(filtered(akashproxy.ToolCallFilter(prompted(parallel_tool_calls=False)), [f"<tool_call>{KYIV}"])).finish == Finish("tool_calls")
 
 
 @pytest.mark.parametrize("call", ["<tool_call>now", "<function=write>\n<parameter=path>\na\n</parameter>\n", f"<tool_call>{KYIV}", f"<tool_call>{KYIV}\n{{"])
@@ -5879,6 +5919,29 @@ def akash_text(text):
 
 def prompting(url, **more):
     return dict(controllers=(akashproxy.ControllerSettings(type="akash", base_url=url, tools="prompt"),), **more)
+
+
+CALLING = {**user(None), "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}
+
+
+@table({    # (path, fields of a request, status)
+    "another role": ("messages", {"messages": [{"role": "tool", "content": "hi"}]}, 400),
+    "no items": ("responses", {"input": 1.5}, 400), "several prompts": ("completions", {"prompt": ["a", "b"]}, 400),
+    "no content": ("chat/completions", {"messages": [CALLING, {"role": "user"}, user("hi")]}, 200),
+    "no content beside parts": ("chat/completions", {"messages": [CALLING, user(None), user([text_part("hi")])]}, 200),
+    "a number": ("chat/completions", {"messages": [CALLING, user(5)]}, 400),
+})
+def test_odd_requests_do_no_harm_where_tools_are_text(path, fields, status, akash, serve):
+    server = serve(**prompting(akash.url))
+    got = ask(server, "POST", f"/v1/{path}", {"model": "Qwen/Qwen3", "max_tokens": 9, **fields})
+    assert got.status == status and ask(server, path="/status").json["controllers"][0]["failed"] == 0, got.body
+
+
+@pytest.mark.parametrize("mode", ["first", "user"])
+def test_a_system_message_without_content_does_no_harm(mode, fake, pool):
+    server = pool((fake, {"paths": ("/none",), "system_messages": mode}))
+    messages = [system("a"), {"role": "system"}, user("hi"), {"role": "system"}, {"role": "system", "content": None}]
+    assert chat(server, {**BOTH, "messages": messages}).status == 200
 
 
 TOOL_REQUESTS = {
@@ -6070,6 +6133,17 @@ def test_the_matrix(kind, name, dialect, streamed, pool):
     for side in (answer, wanted):   # they may be counted otherwise, but not stand in another order
         side.tools = [dataclasses.replace(call, index=at) for at, call in enumerate(side.tools)]
     assert answer == wanted
+
+
+def test_many_akash_controllers_hold_a_large_request_once():
+    controllers = tuple(akashproxy.ControllerSettings(type="akash", name=f"login{number}") for number in range(10))
+    pool, call = akashproxy.Pool(Settings(controllers=controllers)), Call({"model": "m", "messages": [user("word " * 200_000)]})
+    tracemalloc.start()
+    try:
+        assert [pool.support_error(upstream, call) for upstream in pool.upstreams] == [None] * 10
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @table({
