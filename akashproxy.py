@@ -213,8 +213,8 @@ __all__ = [
     "main", "Settings", "ControllerSettings", "ConfigError", "Server", "Handler",
     "Controller", "CONTROLLERS", "Call", "APIError", "Category",
     "Transport", "EventStream", "BufferedBody", "AkashDecoder",
-    "Event", "Text", "Reasoning", "TextWasReasoning", "ToolCall", "Annotation", "Image",
-    "ImageProgress", "Finish", "RawBytes", "fold",
+    "Event", "Text", "Reasoning", "TextWasReasoning", "ToolCall", "Image", "ImageProgress",
+    "Finish", "RawBytes", "fold",
 ]
 # fmt: on
 
@@ -747,13 +747,6 @@ class ToolCall:
 
 
 @dataclass(frozen=True)
-class Annotation:
-    """A source of the answer's text, as in chat completions."""
-
-    fields: Dict[str, Any]
-
-
-@dataclass(frozen=True)
 class Image:
     """A finished image: job, file name and URL at the upstream; bytes if requested."""
 
@@ -794,9 +787,7 @@ class RawBytes:
     usage: Optional[Dict[str, Any]] = None  # of the answer, if the bytes contain it
 
 
-Event = Union[
-    Text, Reasoning, TextWasReasoning, ToolCall, Annotation, Image, ImageProgress, Finish, RawBytes
-]
+Event = Union[Text, Reasoning, TextWasReasoning, ToolCall, Image, ImageProgress, Finish, RawBytes]
 EVENTS: Tuple[Type[Event], ...] = get_args(Event)
 TextEvent = Union[Text, Reasoning]
 BlockEvent = Union[Text, Reasoning, ToolCall]  # what an answer's content consists of
@@ -1066,8 +1057,6 @@ def fold(events: Iterable[Event]) -> Answer:
             tools.setdefault("%x" % event.index, []).append(event)
         elif isinstance(event, Image):
             answer.images.append(event)
-        elif isinstance(event, Annotation):
-            answer.annotations.append(event.fields)
         elif isinstance(event, Finish):
             answer.finish = event
     answer.text, answer.reasoning = "".join(text), "".join(reasoning)
@@ -3934,7 +3923,7 @@ TEXT_TOKEN = re.compile(rf"{OPENING}|(?!{PARTIAL})[\s\S][^<]*")
 CALL_TOKEN = re.compile(
     rf"{MARK}|(?!{PARTIAL})(?:[\w.:-]{{1,255}}(?![\w.:-]|\Z)|[\w.:-]{{256}}|\s+|[^\w.:-])"
 )
-STRING_TOKEN = re.compile(r"""\\[\s\S]|["'\x00-\x1f]|[^"'\\\x00-\x1f]+""")
+STRING_TOKEN = re.compile(r"""\\[\s\S]|["'\x00-\x1f]|[^"'\\\x00-\x1f][^"'\\<\x00-\x1f]*""")
 KIMI_NAME = re.compile(r"^functions\.|:\d*$")
 NAMED_CALL = re.compile(r'{\s*"name"\s*:\s*"([^"\\{]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*{')
 ARGUMENT = re.compile(
@@ -4067,7 +4056,7 @@ class ToolCallFilter(TextFilter):
 
     def read(self, event: Text) -> None:
         text, at = self.pending + event.text, 0
-        while True:
+        while not self.stopped:
             match = (STRING_TOKEN if self.json.quote else self.pattern).match(text, at)
             if not match:
                 break
@@ -4090,7 +4079,7 @@ class ToolCallFilter(TextFilter):
         self.out += self.think.feed([Finish(reason, finish.usage, finish.stop_sequence)])
 
     def release(self) -> None:
-        self.tokens = [] if self.is_sent else [*self.tokens, self.pending]
+        self.tokens = [] if self.is_sent or self.stopped else [*self.tokens, self.pending]
         self.pending = ""
         self._emit_text()
         self.out += self.think.close()
@@ -4099,7 +4088,9 @@ class ToolCallFilter(TextFilter):
         self.tokens.append(token)
         self.size += len(token)
         self.reader.send(token)
-        if self.size > self.MAX_CALL:
+        # A closing think tag, of 8 tokens at most, ends what the reasoning says of calls.
+        ends = self.think.in_reasoning and "</think>" in "".join(self.tokens[-8:])
+        if ends or self.size > self.MAX_CALL:
             self.reader.throw(ValueError("it is too long"))
 
     def _read_answer(self) -> Generator[None, str, None]:
@@ -4120,8 +4111,7 @@ class ToolCallFilter(TextFilter):
         """Make an invalid call text. Raises an APIError if a part of it has been sent."""
         if self.is_sent:
             self.stopped = True
-            name = self.tools.upstream_name
-            raise APIError(502, f"{name} sent an invalid tool call.", code="invalid_tool_call")
+            raise APIError(502, f"{self.tools.upstream_name} sent an invalid tool call.")
         is_reasoning = self.think.in_reasoning
         self._emit_text()
         if not is_reasoning:
@@ -4146,6 +4136,9 @@ class ToolCallFilter(TextFilter):
             else:
                 raise ValueError("reasoning follows")
         self._send_calls()
+        if self.tools.single and token:
+            self.stopped = True
+            self.out.append(Finish("tool_calls"))
         while token in CLOSING_MARKS or token.isspace():
             token = yield
             if token in CLOSING_MARKS:
@@ -6605,7 +6598,7 @@ class ChatDecoder(Decoder):
         self.calls = ToolCallAssembler(upstream_name)
         self.reason: Optional[str] = None
         self.stop_sequence = ""
-        self.usage: Any = None  # the last one, as the upstream has sent it
+        self.usage: Dict[str, Any] = {}  # as the upstream has sent it
 
     def feed(self, data: bytes) -> List[Event]:
         out = self._decode(self.lines.feed(data))
@@ -6658,7 +6651,9 @@ class ChatDecoder(Decoder):
         """Decode a chunk, or a whole completion, whose choices have ``key``."""
         if is_chat_error(body):
             raise error_from_body(self.upstream_name, 200, body, self.secrets)
-        self.usage = find_usage(body) or self.usage
+        usage = find_usage(body)
+        if usage and has_counts(usage):
+            self.usage = merge_counts(self.usage, usage)
         for choice in map(as_dict, as_list(body.get("choices"))):
             if choice.get("error"):
                 raise error_from_body(self.upstream_name, 200, choice, self.secrets)
@@ -6866,8 +6861,6 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
         events.append(Reasoning(reasoning))
     if isinstance(content, str) and content:
         events.append(Text(content))
-    annotations = filter(None, map(as_dict, as_list(message.get("annotations"))))
-    events.extend(map(Annotation, annotations))
     calls = as_list(message.get("tool_calls"))
     if isinstance(message.get("function_call"), dict):
         calls = [{"index": 0, "function": message["function_call"]}]
@@ -7008,7 +7001,7 @@ MAX_USAGES = 16  # that are parsed; all but one may be null, or tools' own
 
 
 def last_usage(data: bytes) -> Dict[str, Any]:
-    """Return the last counts above 0 in objects named "usage" in JSON; {} without any."""
+    """Return the counts in the last objects named "usage" in JSON; {} without any."""
     counts: Dict[str, Any] = {}
     at = len(data)
     for _ in range(MAX_USAGES):
@@ -7018,9 +7011,20 @@ def last_usage(data: bytes) -> Dict[str, Any]:
         text = data[at + len(b'"usage"') : at + MAX_USAGE].decode("utf-8", "replace")
         with contextlib.suppress(ValueError, RecursionError):
             usage = as_dict(_JSON.raw_decode(text.lstrip(" \t\r\n:"))[0])
-            if any(map(count_or_none, usage.values())):
-                counts = {**{name: count for name, count in usage.items() if count}, **counts}
+            if has_counts(usage):
+                counts = merge_counts(usage, counts)
     return counts
+
+
+def has_counts(usage: Any) -> bool:
+    """Whether a usage has a count above 0."""
+    return any(map(count_or_none, as_dict(usage).values()))
+
+
+def merge_counts(earlier: Dict[str, Any], later: Dict[str, Any]) -> Dict[str, Any]:
+    """Merge the usages of an answer; null and 0 do not replace a count."""
+    replaced = {name: count for name, count in later.items() if count or name not in earlier}
+    return {**earlier, **replaced}
 
 
 class StreamEnd(NamedTuple):
@@ -7029,13 +7033,13 @@ class StreamEnd(NamedTuple):
     pattern: Pattern[bytes]
     hints: Tuple[bytes, ...]  # one is in every match, and rfind() is faster than the pattern
     mid_stream: Tuple[bytes, ...] = ()  # ends of typical events that need no search for a match
-    is_last_event: bool = False  # nothing follows the match, unless that is an error
+    last_events: Tuple[bytes, ...] = ()  # in matches that nothing needs to follow
 
     def find(self, data: bytes) -> bytes:
         """Return the match; b"" without one."""
         # From the end, where the marks are: half of the decoder's time for 200 tokens at once.
         matches = (
-            self.pattern.search(data, max(0, at - 8)) or self.pattern.search(data)
+            self.pattern.search(data, max(0, at - 12)) or self.pattern.search(data)
             for at in map(data.rfind, self.hints)
             if at >= 0
         )
@@ -7056,14 +7060,14 @@ STREAM_ENDS = {
     CHAT_PATH: CHAT_END,
     "/v1/completions": CHAT_END,
     "/v1/messages": StreamEnd(
-        re.compile(rb'"type" ?: ?"(?:message_stop|error)"'),
-        (b"message_stop", b"error"),
-        is_last_event=True,
+        re.compile(rb'"type" ?: ?"(?:message_stop|error)"|"stop_reason" ?: ?"[a-z]'),
+        (b"message_stop", b"error", b'"stop_reason":"', b'"stop_reason": "'),
+        last_events=(b"message_stop",),
     ),
     "/v1/responses": StreamEnd(
         re.compile(rb'"type" ?: ?"(?:response\.(?:completed|incomplete|failed)|error)"'),
         (b"response.completed", b"response.incomplete", b"response.failed", b"error"),
-        is_last_event=True,
+        last_events=(b"response.",),
     ),
 }
 
@@ -7152,7 +7156,8 @@ class PassthroughDecoder(Decoder):
 
     def _usage(self) -> Optional[Dict[str, Any]]:
         """Return the usage of the answer so far."""
-        return chat_usage({**self.first_usage, **last_usage(b"".join(self.last_parts))})
+        counts = last_usage(b"".join(self.last_parts))
+        return chat_usage(merge_counts(self.first_usage, counts))
 
     def fast_path(self, data: bytes) -> bytes:
         """Return data that consists of complete mid-stream events only, else b""."""
@@ -7171,10 +7176,10 @@ class PassthroughDecoder(Decoder):
 
     def _find_end(self, data: bytes) -> bytes:
         """Return the data up to [DONE], if it contains that; look for the stream's end."""
-        if self.end and not self.end_seen:
+        if self.end and not self.ended:
             match = self.end.find(data)
-            self.end_seen = match != b""
-            self.ended = self.end_seen and self.end.is_last_event and b"error" not in match
+            self.end_seen = self.end_seen or match != b""
+            self.ended = any(event in match for event in self.end.last_events)
         at = data.rfind(b"[DONE]")  # much faster than find() and the pattern
         if at >= 0 and data.rfind(b"[DONE]", 0, at) >= 0:
             at = data.find(b"[DONE]")  # the first one of several ends the answer
@@ -8773,8 +8778,6 @@ class ChatCompletions(Dialect):
             return self.frame({"reasoning_content": event.text})
         if isinstance(event, ToolCall):
             return self.frame({"tool_calls": [{"index": event.index, **tool_call(event)}]})
-        if isinstance(event, Annotation):
-            return self.frame({"annotations": [event.fields]})
         if isinstance(event, Finish):
             return self.finish_frames(event)
         return super().encode_event(event)
@@ -8790,8 +8793,6 @@ class ChatCompletions(Dialect):
         message: Dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if answer.reasoning:
             message["reasoning_content"] = answer.reasoning
-        if answer.annotations:
-            message["annotations"] = answer.annotations
         if answer.tools:
             message["content"] = text or None
             message["tool_calls"] = list(map(tool_call, answer.tools))
@@ -9815,7 +9816,6 @@ class Responses(BlockDialect):
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         self.output: List[Dict[str, Any]] = []  # completed items
         self.custom_tools: Set[str] = set()  # names, as they are sent
-        self.annotations: List[Dict[str, Any]] = []  # of the open or next text
         super().__init__(body, base_url)
 
     # -- the request
@@ -9921,7 +9921,6 @@ class Responses(BlockDialect):
 
     def start_block(self, event: BlockEvent) -> bytes:
         prefix, name, _, index, more = self.ITEM_WIRE[type(event)]
-        self.annotations = []
         item = self.output_item(event, prefix + new_id(), "in_progress")
         self.open_item: Any = event
         self.item_ref = {"item_id": item["id"], "output_index": self.block_index, **index}
@@ -9934,16 +9933,6 @@ class Responses(BlockDialect):
         if call.name not in self.custom_tools:
             return call
         return CustomToolCall(call.index, custom_input(arguments), call.id, call.name)
-
-    def encode_event(self, event: Event) -> bytes:
-        if not isinstance(event, Annotation):
-            return super().encode_event(event)
-        if self.open_block != self.block_key(Text("")):
-            return b""
-        annotation, index = response_annotation(event.fields), len(self.annotations)
-        self.annotations.append(annotation)
-        fields = {**self.item_ref, "annotation_index": index, "annotation": annotation}
-        return self.frame("response.output_text.annotation.added", **fields)
 
     def delta(self, text: str) -> bytes:
         if isinstance(self.open_item, CustomToolCall):  # its input is within incomplete JSON
@@ -9997,7 +9986,6 @@ class Responses(BlockDialect):
         return frames + self.frame("response.failed", response=response)
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        self.annotations = list(map(response_annotation, answer.annotations))
         self.output = [
             self.output_item(event, self.ITEM_WIRE[type(event)][0] + new_id())
             for event in self.answer_blocks(answer)
@@ -10028,12 +10016,12 @@ class Responses(BlockDialect):
             "usage": response_usage(usage) if usage else None,
         }
 
-    def part_object(self, event: TextEvent) -> Dict[str, Any]:
+    @staticmethod
+    def part_object(event: TextEvent) -> Dict[str, Any]:
         """The only part of a message or of reasoning."""
         if isinstance(event, Reasoning):
             return {"type": "summary_text", "text": event.text}
-        fields = {"annotations": self.annotations, "logprobs": []}
-        return {"type": "output_text", "text": event.text, **fields}
+        return {"type": "output_text", "text": event.text, "annotations": [], "logprobs": []}
 
     def output_item(
         self, event: BlockEvent, item_id: str, status: str = "completed"
@@ -10062,12 +10050,6 @@ class Responses(BlockDialect):
             "role": "assistant",
             "content": parts,
         }
-
-
-def response_annotation(fields: Dict[str, Any]) -> Dict[str, Any]:
-    """An annotation as Responses has it, with the fields of its inner object."""
-    kind = str(fields.get("type"))
-    return {"type": kind, **as_dict(fields[kind])} if kind in fields else fields
 
 
 def response_usage(usage: Dict[str, Any]) -> Dict[str, Any]:

@@ -3349,6 +3349,11 @@ def test_a_relayed_stream_is_complete_with_its_last_event(path, body, ended, fak
     "several data lines": (b'data: {"choices":\ndata: [{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n', [T("a"), Finish("stop")], None),
     "no [DONE]": (b"".join(FakeOpenAI.words("Hi"))[:-len("data: [DONE]\n\n")], [T("Hi"), Finish("stop")], None),
     "no last blank line": (FakeOpenAI.event({"content": "a"}, "stop")[:-1], [T("a"), Finish("stop")], None),
+    "usage in two parts, then zeros": (b'data: {"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":0}}\n\n' + FakeOpenAI.event({"content": "a"}, "stop")
+                                       + b'data: {"choices":[],"usage":{"prompt_tokens":null,"completion_tokens":7}}\n\ndata: {"choices":[],"usage":{"prompt_tokens":0,"completion_tokens":0}}\n\n',
+                                       [T("a"), Finish("stop", USAGE)], None),
+    "usage of nothing": (FakeOpenAI.event({}, "stop")[:-3] + b',"usage":{"prompt_tokens":11,"completion_tokens":0}}\n\n',
+                         [Finish("stop", {"prompt_tokens": 11, "completion_tokens": 0, "total_tokens": 11})], None),
     "usage after the end": (FakeOpenAI.event({"content": "a"}, "stop") + b'data: {"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":7}}\n\n'
                             b"data: [DONE]\n\n", [T("a"), Finish("stop", USAGE)], None),
     "usage before it": (b'data: {"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":7,"total_tokens":18}}\n\n'
@@ -3447,6 +3452,14 @@ def test_a_whole_answer_needs_no_reason_to_end(choice, status, fake, pool):
     fake.sends(reply(body={"choices": [{"message": {"content": "a"}, **choice}]}))
     got = ask(pool(fake), "POST", "/v1/messages", ASKED)
     assert got.status == status and (status == 502 or got.json["stop_reason"] == "end_turn")
+
+
+@pytest.mark.parametrize("reason, error", [('"end_turn"', False), ("null", True)])
+def test_a_relayed_message_needs_a_reason_to_end(reason, error, fake, pool):
+    body = ANTHROPIC[:ANTHROPIC.index(b"event: message_stop")].replace(b'"end_turn"', reason.encode())
+    fake.sends(reply(body=body, kind="text/event-stream"))
+    got = ask(pool((fake, {"paths": ["*"]})), "POST", "/v1/messages", {**ASKED, "stream": True})
+    assert got.body.startswith(body) and (b"ended its answer early" in got.body) == error
 
 
 @pytest.mark.parametrize("reason, error", [("STOP", False), ("MAX_TOKENS", False), ("null", True), ("", True)])
@@ -5758,22 +5771,6 @@ def test_names_of_tools_are_sent_as_upstreams_take_them(name, space, pattern, st
         assert block["name"] == name and fake.bodies()[-1]["tools"][0]["function"]["name"] == used
 
 
-def test_sources_of_the_text(streamed, fake, pool):
-    source = {"url": "http://s", "title": "T", "start_index": 0, "end_index": 1}
-    sources = {"annotations": [{"type": "url_citation", "url_citation": source}, {"type": "odd", "n": 1}, 7]}
-    fake.faults += [answered({"content": "a"}, {"content": "", **sources}, calling("c1"), sources, finish="tool_calls")] * 2
-    server, expected = pool(fake), [{"type": "url_citation", **source}, {"type": "odd", "n": 1}]
-    got = ask(server, "POST", "/v1/responses", {**WANTED, "stream": streamed})
-    message, call = (named_events(got.body)[-1]["response"] if streamed else got.json)["output"]
-    assert message["content"][0]["annotations"][:2] == expected and call["type"] == "function_call"
-    if streamed:
-        added = [event for event in named_events(got.body) if event["type"] == "response.output_text.annotation.added"]
-        assert [(event["annotation_index"], event["annotation"], event["item_id"]) for event in added] == [(at, each, message["id"]) for at, each in enumerate(expected)]
-        assert named_events(got.body)[3]["part"]["annotations"] == []
-    else:
-        assert chat(server, BOTH).json["choices"][0]["message"]["annotations"] == sources["annotations"][:2] * 2
-
-
 @pytest.mark.parametrize("arguments, expected", [('{"input":"a\\u00e9\\n"}', "a\u00e9\n"), ('{"patch":"a"}', "a"), ('{"input":"a","x":1}', '{"input":"a","x":1}'), ('{"input":"a', '{"input":"a'), ("a", "a"), ("{}", "")])
 def test_calls_of_custom_tools(arguments, expected, streamed, fake, pool):
     calls = [{"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "n__c", "arguments": arguments[:5]}}]},
@@ -6006,6 +6003,8 @@ TOOL_ANSWERS = {    # an answer: its text, its calls
     "calls that end the answer in an open think tag": (f"<think>\nSo:\n<tool_call>{KYIV}</tool_call>\n<tool_call>{LONG_CALL}<tool_call>{LVIV}\n", "",
                                                        [IN_KYIV, ("write", LONG), ("weather", {"city": "Lviv"})]),
     "a call in an open think tag, and reasoning after it": (f"<think>\n<tool_call>{LONG_CALL}</tool_call>\nor not", "", []),
+    **{f"an open {name} in think tags": (f"<think>\nI'd write {call}\n</think>\n\nA <b>\n<tool_call>{KYIV}</tool_call>", "A <b>\n", [IN_KYIV])
+       for name, call in {"string": '<tool_call>{"name": "now', "quote": "<tool_call>{name: ...} or it's", "object": "<tool_call>{", "argument": "<function=write>\n<parameter=path>"}.items()},
     "think tags after a call": (f"A\n<tool_call>{KYIV}</tool_call>\n<think>b</think>", "A\n\n<think>b</think>", [IN_KYIV]),
     "a think tag in an argument": ('A\n<tool_call>{"name": "write", "arguments": {"content": "(</think>)"}}</tool_call>', "A\n", [("write", {"content": "(</think>)"})]),
     "a think tag in a parameter": ("<function=write>\n<parameter=content>\n\n</think>\n\n</parameter>\n</function>", "", [("write", {"content": "\n</think>\n"})]),
@@ -6090,12 +6089,16 @@ def test_only_what_may_begin_a_call_is_held_back():
     assert fold(step.feed([Text("a <b> [c] <tool")])).text == "a <b> [c] " and fold(step.feed([Text("s>")])).text == "<tools>"
 
 
-def test_without_parallel_calls_only_the_first_one_is_sent():
-    for call in (KYIV, '{"name": "write", "arguments": {"content": "%s"}}' % ("x" * 999)):    # one that is sent at once, and one in parts
-        step = akashproxy.ToolCallFilter(prompted(parallel_tool_calls=False))
-        answer = fold(filtered(step, re.findall("(?s).{1,99}", f"A <tool_call>{call}</tool_call>\n<tool_call>{KYIV}{call}</tool_call>\nB")))
-        assert [each.index for each in answer.tools] == [0] and json.loads(call)["arguments"] == json.loads(answer.tools[0].arguments)
-        assert answer.text == "A \nB" and answer.finish == Finish("tool_calls")
+def test_without_parallel_calls_the_first_one_ends_the_answer():
+    for call in (KYIV, LONG_CALL):    # one that is sent at once, and one in parts
+        answer = f"A <tool_call>{call}\n{KYIV}</tool_call>\n<tool_call>{KYIV}</tool_call>\nB"
+        for parts in ([answer], re.findall("(?s).{1,9}", answer)):
+            step = akashproxy.ToolCallFilter(prompted(parallel_tool_calls=False))
+            events = filtered(step, parts) + step.close()
+            got = fold(events)
+            assert step.stopped and [type(event) for event in events].count(Finish) == 1 and type(events[-1]) is Finish
+            assert (got.text, [json.loads(each.arguments) for each in got.tools], got.finish) == ("A ", [json.loads(call)["arguments"]], Finish("tool_calls"))
+    assert fold(filtered(akashproxy.ToolCallFilter(prompted(parallel_tool_calls=False)), [f"<tool_call>{KYIV}"])).finish == Finish("tool_calls")
 
 
 @pytest.mark.parametrize("call", ["<tool_call>now", "<function=write>\n<parameter=path>\na\n</parameter>\n", f"<tool_call>{KYIV}", f"<tool_call>{KYIV}\n{{"])
