@@ -6501,7 +6501,7 @@ def test_tls_is_verified_and_a_private_authority_can_be_named(pool, tmp_path):
 
 def test_a_reload_reads_the_certificates_again(pool, tmp_path):
     fake, bundle = TLSOpenAI(tmp_path), tmp_path / "bundle.pem"
-    bundle.write_text(TLS_SERVER)       # not the authority that has signed it
+    bundle.write_text(OTHER_AUTHORITY)
     server = pool(fake, ca_file=str(bundle))
     assert chat(server, BOTH).status == 502
     bundle.write_text(TLS_AUTHORITY)
@@ -6619,7 +6619,7 @@ def test_a_reload_that_changes_tools_keeps_login_and_cool_downs(before, after, a
     assert changed.upstreams[0].controller.login.cookie == "appSession=other" and changed.status()[0]["login"] == "unknown"
 
 
-# A key and certificates that only this file uses: an authority, and a server of its own on loopback.
+# A key and certificates that only this file uses: an authority with a server on loopback, and another authority.
 
 TLS_AUTHORITY = """\
 -----BEGIN CERTIFICATE-----
@@ -6633,6 +6633,19 @@ HSMEGDAWgBSXjCjuNC1ZhI/bM3QLyCwy7sSkyzAPBgNVHRMBAf8EBTADAQH/MA4G
 A1UdDwEB/wQEAwICBDAKBggqhkjOPQQDAgNIADBFAiBCNEvDy1QYlMCMbVxzydgD
 hOwSTehhObC1aoCR0czzGQIhAOKWp47MbNgaPXzheKSlsFMUNn5CV8hyHRln9f9D
 qDgv
+-----END CERTIFICATE-----
+"""
+OTHER_AUTHORITY = """\
+-----BEGIN CERTIFICATE-----
+MIIBjzCCATWgAwIBAgIUKc2NfqG9pG2PvzP0gOLdW4HRaj8wCgYIKoZIzj0EAwIw
+HDEaMBgGA1UEAwwRYW5vdGhlciBhdXRob3JpdHkwIBcNMjYxMTI2MjMwNjIyWhgP
+MjEyNjExMDIyMzA2MjJaMBwxGjAYBgNVBAMMEWFub3RoZXIgYXV0aG9yaXR5MFkw
+EwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEK9PH3rFpR0Lm6yFMWd4i2Tu49/L2zNlK
+Z38lcPWF77IT9VCaBiFiT5JPa+cKUm6fEZUBUETZXD0KcOAjgmY8caNTMFEwHQYD
+VR0OBBYEFHrhh270tcZJDKsXKdtnoL1qHRorMB8GA1UdIwQYMBaAFHrhh270tcZJ
+DKsXKdtnoL1qHRorMA8GA1UdEwEB/wQFMAMBAf8wCgYIKoZIzj0EAwIDSAAwRQIg
+BhiMbMwg5DQxI7FGPOu6MBdlJh9ND+8MtHSYDewMCSECIQCAhuXJFGtv6c6eDWLl
+UqA2woAUeNgIFCxa745Y7P9Fhw==
 -----END CERTIFICATE-----
 """
 TLS_SERVER = """\
