@@ -9210,7 +9210,7 @@ FOREIGN_ORIGINS = ["https://b.example", "null", "http://localhost.b.example", "h
 CALLS = {"chat": ("POST", "/v1/chat/completions", "application/json"), "simple": ("POST", "/v1/chat/completions", "text/plain"),
          "embeddings": ("POST", "/v1/embeddings", "text/plain"), "models": ("GET", "/v1/models", ""), "status": ("GET", "/status", ""),
          "metrics": ("GET", "/metrics", ""), "head": ("HEAD", "/v1/models", ""), "preflight": ("OPTIONS", "/v1/chat/completions", ""),
-         "anthropic": ("POST", "/v1/messages", "text/plain")}
+         "anthropic": ("POST", "/v1/messages", "text/plain"), "health": ("GET", "/health", "")}
 
 
 @pytest.mark.parametrize("listed", ["default", "a list", "everybody"])
