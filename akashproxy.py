@@ -2485,15 +2485,10 @@ def request_head(line: str, *fields: Tuple[str, str]) -> bytes:
 
     ProtocolError for a CR, LF or NUL within a line. Cached: an upstream's heads repeat.
     """
-    lines = [line, *[f"{name}: {value}" for name, value in fields], ""]
-    head = "\r\n".join(lines).encode("latin-1")
-    if (
-        head.count(b"\n") != len(fields) + 1
-        or head.count(b"\r") != len(fields) + 1
-        or b"\0" in head
-    ):
+    lines = [line, *[f"{name}: {value}" for name, value in fields]]
+    if re.search("[\r\n\0]", "".join(lines)):
         raise ProtocolError("a header contains a line break")
-    return head
+    return "\r\n".join([*lines, ""]).encode("latin-1")
 
 
 class ConnectionPool(urllib.request.BaseHandler):
@@ -2705,19 +2700,14 @@ def keepalive_seconds(headers: Dict[str, str]) -> float:
     return max(0.0, float(match[1]) - 1) if match else 30.0
 
 
-DONTWAIT = int(
-    getattr(socket, "MSG_DONTWAIT", 0)
-)  # makes one recv() of a blocking socket not block
+# Makes one recv() of a blocking socket not block.
+DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
 PEEK = socket.MSG_PEEK | DONTWAIT
 
 try:
-    from ssl import (
-        SSLEOFError as RaggedEnd,
-        SSLWantReadError as WantRead,
-        SSLWantWriteError as WantWrite,
-    )
+    from ssl import SSLEOFError as RaggedEnd, SSLWantReadError as WantRead
 except ImportError:  # a Python without ssl
-    RaggedEnd = WantRead = WantWrite = BlockingIOError  # type: ignore[misc,assignment]
+    RaggedEnd = WantRead = BlockingIOError  # type: ignore[misc,assignment]
 
 
 def peek(sock: Any) -> Optional[bytes]:
@@ -3082,21 +3072,16 @@ def is_exhausted(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in EXHAUSTED
 
 
-class Throttle:
-    """Rate limit for repeated log lines: True at most once in ``seconds``. Any thread."""
-
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.seconds, self.clock, self.next = seconds, clock, -math.inf
-
-    def __call__(self) -> bool:
-        now = self.clock()
-        if now < self.next:
-            return False
-        self.next = now + self.seconds
-        return True
+exhaustion_logged_at = -math.inf  # by time.monotonic()
 
 
-report_exhaustion = Throttle(10.0)
+def log_exhaustion(message: str, error: Exception) -> None:
+    """Log that this machine lacks resources, at most once in 10 seconds. Any thread."""
+    global exhaustion_logged_at
+    now = time.monotonic()
+    if now >= exhaustion_logged_at + 10.0:
+        exhaustion_logged_at = now
+        log.error("%s: %s", message, error)
 
 
 def upstream_error(
@@ -3144,10 +3129,9 @@ def network_problem(error: Exception, in_body: bool) -> str:
 
 def exhausted_error(error: Exception) -> APIError:
     """503: this machine has no descriptors or memory left; logged now and then."""
-    if report_exhaustion():
-        log.error(
-            "this server has no descriptors or memory left for connections to upstreams: %s", error
-        )
+    log_exhaustion(
+        "this server has no descriptors or memory left for connections to upstreams", error
+    )
     return APIError(
         503,
         "This server is out of resources for more requests.",
@@ -10831,8 +10815,7 @@ class Connection:
         try:
             self.server.submit(task)
         except RuntimeError as error:  # the system allows no more threads
-            if report_exhaustion():
-                log.error("cannot handle a request: %s", error)
+            log_exhaustion("cannot handle a request", error)
             if request.writer.status:
                 self.disconnect()
             else:
@@ -11791,9 +11774,7 @@ class Gate:
         """
         settings, headers = request.settings, request.head.headers
         host, origin = headers.get("host", ""), headers.get("origin")
-        if origin and not origin_allowed(
-            origin, host, settings.public_url, settings.cors_origins, settings.needs_token
-        ):
+        if origin and not origin_allowed(origin, host, settings):
             raise APIError(
                 403,
                 f"Pages from the origin {origin[:200]!r} may not use this server. Allowed origins "
@@ -11947,9 +11928,7 @@ def cors_headers(request: Request) -> str:
     if "*" in settings.cors_origins or not settings.cors_origins and settings.needs_token:
         return CORS_ANY
     origin = headers.get("origin", "")
-    if origin and origin_allowed(
-        origin, headers.get("host", ""), settings.public_url, settings.cors_origins, False
-    ):
+    if origin and origin_allowed(origin, headers.get("host", ""), settings):
         return f"Vary: Origin\r\n{CORS_ANY.replace('*', origin)}"
     return "Vary: Origin\r\n"
 
@@ -11986,9 +11965,7 @@ def host_allowed(authority: str, own: Iterable[str]) -> bool:
     return "." not in host and ":" not in host or host in own
 
 
-def origin_allowed(
-    origin: str, host: str, public_url: str, allowed_origins: Tuple[str, ...], needs_token: bool
-) -> bool:
+def origin_allowed(origin: str, host: str, settings: Settings) -> bool:
     """Return whether pages of an origin may use the server.
 
     Its own page and CORS_ORIGINS may. If that is empty: all origins if a token is required,
@@ -11996,17 +11973,13 @@ def origin_allowed(
     """
     scheme, _, authority = origin.lower().partition("://")
     is_web = scheme in ("http", "https")
-    if (
-        is_web
-        and host
-        and authority == host.lower()
-        or public_url
-        and origin.lower() == origin_of(public_url)
-    ):
+    if is_web and authority == host.lower() != "":
         return True
-    if allowed_origins:
-        return "*" in allowed_origins or origin.lower() in allowed_origins
-    return needs_token or is_web and is_local(authority)
+    if settings.public_url and origin.lower() == origin_of(settings.public_url):
+        return True
+    if settings.cors_origins:
+        return "*" in settings.cors_origins or origin.lower() in settings.cors_origins
+    return settings.needs_token or is_web and is_local(authority)
 
 
 def origin_of(url: str) -> str:
@@ -12814,8 +12787,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             self.accept_ready(64)  # bounded, so that a burst does not delay other connections
         except OSError as error:  # out of descriptors; on_tick() resumes
-            if report_exhaustion():
-                log.error("cannot accept a connection: %s", error)
+            log_exhaustion("cannot accept a connection", error)
             self.loop.remove(self.socket)
             self.accept_paused = True
 
@@ -14108,6 +14080,14 @@ def parse_flags(argv: List[str]) -> Any:
     return options
 
 
+ACTIONS = {
+    "--demo": "use a built-in simulation of Akash Chat: no network needed",
+    "--check": "validate and print the effective settings, and exit",
+    "--ask": "with --check: ask each controller for its models, and exit with 1 if one fails",
+    "--health": "query /health of a running server, and exit with 0 if it is healthy, else 1",
+}
+
+
 def argument_parser() -> Any:
     """Return the argument parser: a flag for each setting, and the actions."""
     import argparse
@@ -14125,26 +14105,8 @@ def argument_parser() -> Any:
         "which overrides the file.",
     )
     parser.add_argument("--version", action="version", version=f"akashproxy {__version__}")
-    parser.add_argument(
-        "--demo",
-        action="store_true",
-        help="use a built-in simulation of Akash Chat: no network needed",
-    )
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="validate and print the effective settings, and exit",
-    )
-    parser.add_argument(
-        "--ask",
-        action="store_true",
-        help="with --check: ask each controller for its models, and exit with 1 if one fails",
-    )
-    parser.add_argument(
-        "--health",
-        action="store_true",
-        help="query /health of a running server, and exit with 0 if it is healthy, else 1",
-    )
+    for flag, text in ACTIONS.items():
+        parser.add_argument(flag, action="store_true", help=text)
     group = parser.add_argument_group("settings")
     for item in setting_fields(Settings).values():
         default = default_text(item)
@@ -14297,12 +14259,6 @@ def set_signal_mask(action: str) -> None:
         signal.pthread_sigmask(getattr(signal, action), {signal.SIGINT, signal.SIGTERM, SIGHUP})
 
 
-def flush_logs() -> None:
-    """Write the queued log lines; blocks for at most LogWriter's limit. Any thread."""
-    for handler in logging.root.handlers:
-        handler.flush()
-
-
 class Signals:
     """Queue of received signals. Main thread.
 
@@ -14321,7 +14277,7 @@ class Signals:
             self.stops += 1
             if self.stops > 1:
                 # On a thread: the handler may have interrupted a put() that holds the queue's lock.
-                flushing = threading.Thread(target=flush_logs, daemon=True)
+                flushing = threading.Thread(target=logging.shutdown, daemon=True)
                 flushing.start()
                 flushing.join(1.0)
                 os._exit(0)
