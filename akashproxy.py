@@ -7680,8 +7680,8 @@ class Upstream:
         return self.cooldowns[key]
 
     def _model_key(self, model: str) -> str:
-        """The upstream's name of a model, truncated."""
-        return self.options.model_map.get(model, model)[:MAX_NAME]
+        """The upstream's name of a model."""
+        return self.options.model_map.get(model, model)
 
     def _applicable(self, model: str, ignored: Tuple[Category, ...]) -> List[CoolDown]:
         """The cool-downs that apply to a model, except for the ignored categories."""
@@ -7797,13 +7797,8 @@ class Waiter:
         self, queue: "CallQueue", exchange: "Exchange", upstreams: List[Upstream], deadline: float
     ) -> None:
         self.queue, self.exchange, self.deadline = queue, exchange, deadline
-        self.known = self.candidates = upstreams
-        if exchange.unsupported:
-            self.known = self.candidates = [
-                up for up in upstreams if up not in exchange.unsupported
-            ]
-        if exchange.tried:
-            self.candidates = [up for up in self.known if up not in exchange.tried]
+        self.known = [up for up in upstreams if up not in exchange.unsupported]
+        self.candidates = [up for up in self.known if up not in exchange.tried]
         is_only = len(self.known) == 1 and not exchange.other_models
         self.ignored = BACKOFF_CATEGORIES if is_only else ()
         self.upstream: Optional[Upstream] = None
@@ -7924,15 +7919,12 @@ def enforce_deadlines() -> None:
 
 def ask_upstream(upstream: Upstream) -> Tuple[bool, str]:
     """Ask for the model list: whether it came, and a sentence on the upstream's state."""
-    options, started_at = upstream.options, time.monotonic()
-    error: Optional[APIError] = None
-    try:
-        count = len(upstream.controller.models())
-    except Exception as failure:
-        error = controller_error(failure, upstream.name)
+    started_at = time.monotonic()
+    _, names, error = upstream.list_models()
     seconds = time.monotonic() - started_at
     if error is None:
-        key = "key accepted" if options.api_key else "no key needed"
+        key = "key accepted" if upstream.options.api_key else "no key needed"
+        count = len(names or ())
         state = f"reachable, {key}, {count} model{'s' if count != 1 else ''}"
     elif error.category is Category.AUTH:
         state = f"reachable, key rejected: {error.message}"
@@ -7993,7 +7985,7 @@ class Pool:
         self.refresh_at = self.model_names_refresh_at = -math.inf
         self.model_names: frozenset[str] = frozenset()  # of all lists
         # By model, until a list changes.
-        self._cached_candidates = functools.lru_cache(maxsize=256)(self._candidates)
+        self.candidates = functools.lru_cache(maxsize=256)(self._candidates)
 
     # -- the upstream of an attempt
 
@@ -8169,13 +8161,8 @@ class Pool:
             if self.queue.lines:
                 self._resume_ready(now, freed=upstream)
 
-    def candidates(self, model: str) -> List[Upstream]:
-        """Upstreams that are known to offer a model, else those that may."""
-        if len(model) > 256:  # clients choose the names: the cache must not keep large ones
-            return self._candidates(model)
-        return self._cached_candidates(model)
-
     def _candidates(self, model: str) -> List[Upstream]:
+        """Upstreams that are known to offer a model, else those that may."""
         sure = [upstream for upstream in self.enabled if upstream.serves(model)]
         return sure or [upstream for upstream in self.enabled if upstream.serves(model) is None]
 
@@ -8224,7 +8211,7 @@ class Pool:
                     first = union.setdefault(model["id"], model)
                     if CONTEXT_FIELDS[0] not in first:
                         union[model["id"]] = with_context_length(first, model)
-            self._cached_candidates.cache_clear()
+            self.candidates.cache_clear()
         self.model_names = frozenset(union)
         self.model_names_refresh_at = self.clock() + min(Cache.RETRY, self.settings.models_ttl)
         if union:

@@ -2429,16 +2429,13 @@ def test_no_stop_ends_the_loop_before_the_backlog_is_accepted():
         assert [stop.result() for stop in stops] == [None, None] and server.socket.fileno() < 0
 
 
-def test_only_what_is_short_is_remembered(pool):
-    known, model = pool(FakeOpenAI(), FakeOpenAI()).pool, "m" * 5000
+def test_only_what_is_short_is_remembered():
     head = b"GET /%b HTTP/1.1\r\nX-Long: %b" % (b"a" * 5000, b"b" * 5000)
     for parse in (akashproxy.parse_field, akashproxy.parse_request_line):
         parse.cache_clear()
     assert akashproxy.parse_head(head, akashproxy.parse_request_line)[1] == {"x-long": "b" * 5000}
     assert BodyDecoder(CHUNKED).feed(b"0\r\nX-Trailer: " + b"c" * 5000 + b"\r\n\r\n") == b""
     assert [parse.cache_info().currsize for parse in (akashproxy.parse_field, akashproxy.parse_request_line)] == [0, 0]
-    references = sys.getrefcount(model)
-    assert known.candidates(model) == known.upstreams and sys.getrefcount(model) == references
 
 
 def test_a_bug_is_not_shown_and_ends_its_call(own, serve, caplog):
