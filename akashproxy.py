@@ -1146,11 +1146,6 @@ def http_url(text: str) -> str:
     return text.rstrip("/")
 
 
-def optional_url(text: str) -> str:
-    """Check an http(s) URL as http_url() does; empty for none. Raises ValueError."""
-    return http_url(text) if text else ""
-
-
 def upstream_url(text: str) -> str:
     """Check the URL of an upstream, or the word openai. Raises ValueError."""
     return text if text == "openai" else http_url(text)
@@ -1169,9 +1164,9 @@ def ip_network(text: str) -> str:
 
 
 def proxy_url(text: str) -> str:
-    """Check SCHEME://[USER:PASSWORD@]HOST[:PORT] or "none"; empty for the default."""
+    """Check SCHEME://[USER:PASSWORD@]HOST[:PORT] or "none"."""
     parts = urllib.parse.urlsplit(text)
-    if text not in ("", "none") and (
+    if text != "none" and (
         parts.scheme not in ("http", "socks5", "socks5h", "socks")
         or not parts.hostname
         or parts.path.strip("/")
@@ -1282,11 +1277,10 @@ def additional_headers(headers: Dict[str, str]) -> Dict[str, str]:
 
 def ca_bundle(path: str) -> str:
     """Check and read a file of CA certificates; a reload reads it again."""
-    if path:
-        try:
-            read_tls_context(path)
-        except OSError as error:
-            raise ValueError(f"{path!r} can't be used: {error.strerror or error}") from None
+    try:
+        read_tls_context(path)
+    except OSError as error:
+        raise ValueError(f"{path!r} can't be used: {error.strerror or error}") from None
     return path
 
 
@@ -1304,9 +1298,9 @@ def key_name(text: str) -> str:
     return controller_name(text)
 
 
-def positive(value: Optional[float]) -> Optional[float]:
-    """Check a number that must not be 0; None for none. Raises ValueError."""
-    if value is not None and not value > 0:
+def positive(value: float) -> float:
+    """Check a number that must not be 0. Raises ValueError."""
+    if not value > 0:
         raise ValueError("must be greater than 0")
     return value
 
@@ -1323,7 +1317,7 @@ def one_process(value: int) -> int:
 
 def tools_instruction(text: str) -> str:
     """Check an instruction for tools as text. Raises ValueError."""
-    if text and not ("{tools}" in text and "{call}" in text):
+    if not ("{tools}" in text and "{call}" in text):
         raise ValueError("must contain {tools} and {call}")
     return text
 
@@ -1333,7 +1327,7 @@ def one_of(*values: str) -> Callable[[str], str]:
 
     def check(text: str) -> str:
         if text.lower() not in values:
-            raise ValueError(f"{text!r} is not one of {', '.join(filter(None, values))}")
+            raise ValueError(f"{text!r} is not one of {', '.join(values)}")
         return text.lower()
 
     return check
@@ -1356,11 +1350,10 @@ class ValidatedSettings:
 
     def __init_subclass__(cls) -> None:
         """Describe each setting in the docstring, for help()."""
-        settings = {name: item for name, item in vars(cls).items() if hasattr(item, "metadata")}
         lines = [
             f"    {name}: {item.metadata['help']}"
-            for name, item in settings.items()
-            if item.metadata
+            for name, item in vars(cls).items()
+            if getattr(item, "metadata", None)
         ]
         cls.__doc__ = "\n".join([f"{cls.__doc__}\n", *lines])
 
@@ -1401,7 +1394,7 @@ class ControllerSettings(ValidatedSettings):
     base_url: str = setting(
         "",
         "the upstream's URL; default: https://api.openai.com/v1, or AKASH_BASE_URL",
-        optional_url,
+        http_url,
     )
     api_key: str = setting(
         "",
@@ -1448,9 +1441,9 @@ class ControllerSettings(ValidatedSettings):
         "",
         "tool calls: native (relayed), prompt (as text, for models without them) or refuse; "
         "default: native, for akash refuse",
-        one_of("", "native", "prompt", "refuse"),
+        one_of("native", "prompt", "refuse"),
     )
-    context_overflow: str = setting("", "overrides CONTEXT_OVERFLOW", one_of("", "warn", "refuse"))
+    context_overflow: str = setting("", "overrides CONTEXT_OVERFLOW", one_of("warn", "refuse"))
     speed: float = setting(50.0, "words per second of an echo controller; 0: unlimited")
     connect_timeout: Optional[float] = setting(None, "overrides CONNECT_TIMEOUT", positive)
     first_byte_timeout: Optional[float] = setting(None, "overrides FIRST_BYTE_TIMEOUT", positive)
@@ -1463,8 +1456,12 @@ class ControllerSettings(ValidatedSettings):
 class ClientKeySettings(ValidatedSettings):
     """Settings of one client key: an object in the configuration's ``keys``."""
 
-    name: str = setting("", "the owner's name, in the log, /status and /metrics", key_name)
-    key: str = setting("", "the token that the client sends", nonempty_header_value, secret=True)
+    name: str = setting(
+        dataclasses.MISSING, "the owner's name, in the log, /status and /metrics", key_name
+    )
+    key: str = setting(
+        dataclasses.MISSING, "the token that the client sends", nonempty_header_value, secret=True
+    )
     models: Tuple[str, ...] = setting((), "names or patterns of the allowed models; default: all")
     requests_per_minute: int = setting(0, "model calls per minute; 0: unlimited")
     max_concurrency: int = setting(0, "concurrent model calls; 0: unlimited")
@@ -1557,7 +1554,7 @@ class Settings(ValidatedSettings):
         "", "file with additional CA certificates for TLS to upstreams", ca_bundle
     )
     public_url: str = setting(
-        "", "URL of this server for clients; default: from their Host header", optional_url
+        "", "URL of this server for clients; default: from their Host header", http_url
     )
     path_prefix: str = setting("", "path before all others, such as /secret", path_prefix)
     trusted_proxies: Tuple[str, ...] = setting(
@@ -1706,14 +1703,6 @@ class Settings(ValidatedSettings):
         """Whether clients must send a token."""
         return bool(self.bearer_token or self.keys)
 
-    def host_names(self) -> List[str]:
-        """Configured host names of the server, in lower case."""
-        names = [
-            split_address(self.server_address)[0],
-            urllib.parse.urlsplit(self.public_url).hostname,
-        ]
-        return [name.lower() for name in names if name]
-
     def is_akash_server(self, url: str) -> bool:
         """Whether Akash's token and cookie may be sent to a URL ("": the default)."""
         return not url or url_origin(url) == url_origin(self.akash_base_url)
@@ -1735,7 +1724,8 @@ def upstream_controller(text: str, environ: Dict[str, str]) -> ControllerSetting
     OPENAI_BASE_URL, which OpenAI's SDKs use with this key, too. It may be missing for the latter.
     """
     openai = text == "openai"
-    base_url = optional_url(environ.get("OPENAI_BASE_URL", "")) if openai else text
+    base_url = environ.get("OPENAI_BASE_URL", "") if openai else text
+    base_url = http_url(base_url) if base_url else ""
     own = is_openai_server(base_url)
     key = environ.get("OPENAI_API_KEY", "") if openai or own else ""
     if own and environ and not key:
@@ -1765,18 +1755,13 @@ def find_config(file: str, directory: str, problems: List[str]) -> str:
         return file
     directories = [directory] if directory else CONFIG_DIRECTORIES
     paths = [os.path.join(folder, name) for folder in directories for name in FILE_NAMES]
-    for path in paths:
-        if os.path.isfile(path):
-            return path
-    for path in paths:
-        for extension in OTHER_FORMATS:
-            other = path[: -len("json")] + extension
-            if os.path.isfile(other):
-                problems.append(f"configuration: {other}: {NOT_JSON}")
-                return ""
-    if directory:
+    others = [path[: -len("json")] + extension for path in paths for extension in OTHER_FORMATS]
+    found = next(filter(os.path.isfile, [*paths, *others]), "")
+    if found in others:
+        problems.append(f"configuration: {found}: {NOT_JSON}")
+    elif directory and not found:
         problems.append(f"configuration: there is no {' or '.join(FILE_NAMES)} in {directory}")
-    return ""
+    return found if found in paths else ""
 
 
 class ConfigFile:
@@ -2080,8 +2065,10 @@ def from_json_value(item: Any, value: Any) -> Any:
 
 
 def validate(item: Any, value: Any) -> Any:
-    """Apply a setting's check, to each element of a tuple. Raises ValueError."""
+    """Apply a setting's check, to each element of a tuple; a default needs none."""
     check = item.metadata["check"]
+    if value == item.default:
+        return value
     return tuple(map(check, value)) if isinstance(value, tuple) else check(value)
 
 
@@ -11279,11 +11266,8 @@ class StreamRelay:
             self._end_response(frames)
 
     def _is_buffered(self) -> bool:
-        if not self.call.stream:
-            return True
-        return self.call.attempt.content_type is not None and isinstance(
-            self.stream.decoder, BufferedBody
-        )
+        is_relayed = self.call.attempt.content_type is not None
+        return not self.call.stream or is_relayed and isinstance(self.stream.decoder, BufferedBody)
 
     def _end_response(self, frames: bytes) -> None:
         """Send the last frames, and let the connection read its next request."""
@@ -11769,11 +11753,8 @@ class Gate:
                 code="origin_not_allowed",
                 retry=False,
             )
-        if (
-            self.server.is_loopback
-            and not settings.needs_token
-            and not (is_local(host) or host_allowed(host, settings.host_names()))
-        ):
+        is_open = self.server.is_loopback and not settings.needs_token
+        if is_open and not (is_local(host) or host_allowed(host, settings)):
             raise APIError(
                 403,
                 f"The host name {host[:200]!r} is not allowed. Set PUBLIC_URL to allow it, or "
@@ -11890,11 +11871,8 @@ def own_url(request: Request) -> str:
 
 def acquire_key(request: Request, key: KeyLimiter, call: Call) -> None:
     """Apply the limits of the request's key to a call; APIError 429. Worker thread."""
-    n = (
-        (call.original.body or {}).get("n")
-        if call.original.path.startswith("/v1/images/")
-        else None
-    )
+    is_image = call.original.path.startswith("/v1/images/")
+    n = as_dict(call.original.body).get("n") if is_image else None
     key.acquire(call.image_count or (n if type(n) is int and n > 0 else 1))
     request.counted = True
     call.key_name = key.name
@@ -11941,15 +11919,16 @@ def is_local(authority: str) -> bool:
         return False
 
 
-def host_allowed(authority: str, own: Iterable[str]) -> bool:
+def host_allowed(authority: str, settings: Settings) -> bool:
     """Return whether a server on loopback accepts a Host that is not local.
 
     DNS rebinding: a page's domain is made to resolve to 127.0.0.1, so its requests are same-origin
-    and only Host shows the foreign domain. Accepted are ``own``, the configured names, and names
-    without a dot, which no public domain is.
+    and only Host shows the foreign domain. Accepted are the configured names, and names without a
+    dot, which no public domain is.
     """
-    host = host_of(authority)
-    return "." not in host and ":" not in host or host in own
+    host, own = host_of(authority), split_address(settings.server_address)[0].lower()
+    is_own = host in (own, urllib.parse.urlsplit(settings.public_url).hostname)
+    return is_own or "." not in host and ":" not in host
 
 
 def origin_allowed(origin: str, host: str, settings: Settings) -> bool:
@@ -11962,17 +11941,12 @@ def origin_allowed(origin: str, host: str, settings: Settings) -> bool:
     is_web = scheme in ("http", "https")
     if is_web and authority == host.lower() != "":
         return True
-    if settings.public_url and origin.lower() == origin_of(settings.public_url):
+    public_url = settings.public_url.lower()
+    if public_url and f"{origin.lower()}/" == urllib.parse.urljoin(public_url, "/"):
         return True
     if settings.cors_origins:
         return "*" in settings.cors_origins or origin.lower() in settings.cors_origins
     return settings.needs_token or is_web and is_local(authority)
-
-
-def origin_of(url: str) -> str:
-    """Return the origin of an http(s) URL."""
-    parts = urllib.parse.urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc}".lower()
 
 
 class ResponseFile(io.RawIOBase):
@@ -12928,9 +12902,7 @@ def join_address(host: str, port: int) -> str:
 def _family(host: str, port: int) -> Tuple[int, str]:
     """Return the address family and numeric host to bind to; "": all interfaces."""
     if not host:
-        return (
-            (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "0.0.0.0")
-        )
+        host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError:
