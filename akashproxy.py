@@ -1197,9 +1197,6 @@ def without_password(url: str) -> str:
     return f"{scheme}{separator}{user}{colon and ':********'}{at}{address}"
 
 
-PROXY_VARIABLES = ("https_proxy", "http_proxy", "all_proxy", "no_proxy")
-
-
 def environment_proxies(environ: Dict[str, str], problems: List[str]) -> Dict[str, str]:
     """Values of HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, by lower-case name.
 
@@ -1207,7 +1204,7 @@ def environment_proxies(environ: Dict[str, str], problems: List[str]) -> Dict[st
     Other kinds of proxies are added to ``problems``.
     """
     proxies = {}
-    for name in PROXY_VARIABLES:
+    for name in ("https_proxy", "http_proxy", "all_proxy", "no_proxy"):
         value = environ.get(name) or environ.get(name.upper(), "")
         if value and name != "no_proxy":
             value = value if "://" in value else f"http://{value}"
@@ -4825,11 +4822,7 @@ NAMED_STATUS = {
 }
 # fmt: on
 # Codes of errors that come without one.
-DEFAULT_CODES = {
-    Category.MODEL: "model_not_found",
-    Category.SERVER: "upstream_error",
-    Category.UNSUPPORTED: "upstream_error",
-}
+DEFAULT_CODES = {Category.MODEL: "model_not_found", Category.UNSUPPORTED: "upstream_error"}
 
 
 def error_from_body(
@@ -4886,7 +4879,6 @@ def auth_error(message: str, status: int) -> APIError:
     return APIError(
         424,
         message,
-        type="invalid_request_error",
         code="upstream_auth",
         category=Category.AUTH,
         retry=False,
@@ -7541,11 +7533,9 @@ MAX_MODEL_COOLDOWNS = 256  # cool-downs of single models per controller
 class CoolDown:
     """Consecutive failures of one category; ``until`` is the end by the pool's clock."""
 
-    def __init__(self, until: float = 0.0) -> None:
-        self.until = until
-        self.failures, self.failed_at = 0, -math.inf
-        self.recheck_at = math.inf
-        self.asks_upstream = True  # it may report when the limit is over
+    until, failures, failed_at = 0.0, 0, -math.inf
+    recheck_at = math.inf
+    asks_upstream = True  # it may report when the limit is over
 
     def record_failure(
         self, now: float, started: float, after: int, seconds: Optional[float]
@@ -13955,14 +13945,9 @@ class LogWriter(logging.Handler):
         self.descriptor = descriptor
         self.lines: Queue[Any] = Queue(self.SIZE)  # bytes, or an Event of flush()
         self.dropped, self.count_lock = 0, threading.Lock()
-        self.thread: Optional[threading.Thread] = None
+        threading.Thread(target=self.write_all, name="akashproxy log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.thread is None:
-            self.thread = threading.Thread(
-                target=self.write_all, args=(self.lines,), name="akashproxy log", daemon=True
-            )
-            self.thread.start()
         try:
             self.lines.put_nowait((self.format(record) + "\n").encode("utf-8", "backslashreplace"))
         except Full:
@@ -13974,12 +13959,12 @@ class LogWriter(logging.Handler):
         with self.count_lock:
             self.dropped += count
 
-    def write_all(self, lines: Queue[Any]) -> None:
+    def write_all(self) -> None:
         while True:
-            batch = [lines.get()]
+            batch = [self.lines.get()]
             time.sleep(self.DELAY)
-            while len(batch) < self.MAX_BATCH and not lines.empty():
-                batch.append(lines.get())
+            while len(batch) < self.MAX_BATCH and not self.lines.empty():
+                batch.append(self.lines.get())
             unwritten = self.write(b"".join(item for item in batch if isinstance(item, bytes)))
             if unwritten:
                 self.drop(unwritten.count(b"\n"))
@@ -14013,9 +13998,8 @@ class LogWriter(logging.Handler):
         """Wait until the queued lines are written, up to FLUSH_TIMEOUT."""
         written = threading.Event()
         with contextlib.suppress(Full):
-            if self.thread is not None:
-                self.lines.put(written, timeout=self.FLUSH_TIMEOUT)
-                written.wait(self.FLUSH_TIMEOUT)
+            self.lines.put(written, timeout=self.FLUSH_TIMEOUT)
+            written.wait(self.FLUSH_TIMEOUT)
 
 
 def parse_flags(argv: List[str]) -> Any:
@@ -14135,11 +14119,9 @@ def container_flags() -> List[str]:
     """
     with contextlib.suppress(OSError):
         with open("/proc/1/cmdline", "rb") as file:
-            arguments = [
-                part.decode("utf-8", "surrogateescape") for part in file.read().split(b"\0")
-            ]
+            arguments = os.fsdecode(file.read()).split("\0")
         if sys.argv[0] in arguments:
-            return [part for part in arguments[arguments.index(sys.argv[0]) + 1 :] if part]
+            return list(filter(None, arguments[arguments.index(sys.argv[0]) + 1 :]))
     return []
 
 
