@@ -233,12 +233,10 @@ def to_json(value: Any) -> bytes:
     that a raw U+2028, U+2029 or U+0085 would end an event's line. Lone surrogates become "?".
     """
     text = _encode(value)
-    if not text.isascii() and ("\u2028" in text or "\u2029" in text or "\x85" in text):
-        text = (
-            text.replace("\u2028", r"\u2028")
-            .replace("\u2029", r"\u2029")
-            .replace("\x85", r"\u0085")
-        )
+    if not text.isascii():
+        for mark in "\u2028\u2029\x85":
+            if mark in text:
+                text = text.replace(mark, rf"\u{ord(mark):04x}")
     return text.encode("utf-8", "replace")
 
 
@@ -7952,13 +7950,8 @@ class Pool:
         self.queue: CallQueue = previous.queue if previous else CallQueue(self.lock)
         self.upstreams: List[Upstream] = make_upstreams(settings, previous)
         self.enabled = [upstream for upstream in self.upstreams if upstream.options.weight > 0]
-        choices: Dict[str, Callable[[List[Upstream]], Upstream]] = {
-            "balanced": weighted_round_robin,
-            "random": weighted_random,
-            "least_busy": least_connections,
-            "affinity": weighted_round_robin,  # of calls that belong to no conversation
-        }
-        self.choose = choices[settings.pool_type]
+        choices = {"random": weighted_random, "least_busy": least_connections}
+        self.choose = choices.get(settings.pool_type, weighted_round_robin)
         self.refresh_at = self.model_names_refresh_at = -math.inf
         self.model_names: frozenset[str] = frozenset()  # of all lists
         # By model, until a list changes.
@@ -11168,8 +11161,7 @@ class StreamRelay:
 
     def start(self) -> None:
         """Take over from the worker that has sent the request to the upstream."""
-        if self.upstream.gettimeout() != 0:
-            self.upstream.setblocking(False)
+        self.upstream.setblocking(False)
         if self.connection.state is State.CLOSED:
             self.on_client_disconnect()
             return
@@ -12851,10 +12843,9 @@ def log_access(request: Request, now: float) -> None:
     level = logging.DEBUG if is_probe else logging.INFO
     if not log.isEnabledFor(level):
         return
-    record, usage, writer = request.record, request.record.usage or {}, request.writer
-    counted: Dict[str, Any] = {} if is_estimated(usage) else usage
-    estimated = usage if is_estimated(usage) else {}
-    started_at = request.started_at
+    record, writer, started_at = request.record, request.writer, request.started_at
+    usage: Dict[str, Any] = record.usage or {}
+    counted, estimated = ({}, usage) if is_estimated(usage) else (usage, {})
     facts = {
         "client": client_address(request),
         "key": request.key.name if request.key else "",
