@@ -1189,10 +1189,7 @@ def proxy_credentials(url: str) -> Tuple[bytes, bytes]:
 
 def without_password(url: str) -> str:
     """A proxy's URL with its password redacted."""
-    scheme, separator, rest = url.rpartition("://")
-    credentials, at, address = rest.rpartition("@")
-    user, colon, _ = credentials.partition(":")
-    return f"{scheme}{separator}{user}{colon and ':********'}{at}{address}"
+    return re.sub(r"(?<=://)([^:@]*:).*@", r"\1********@", url)
 
 
 def environment_proxies(environ: Dict[str, str], problems: List[str]) -> Dict[str, str]:
@@ -1252,11 +1249,15 @@ def web_origin(text: str) -> str:
     return match[1]
 
 
-def nonempty_header_value(text: str) -> str:
-    """Check a token: an empty one would admit clients that send none."""
-    if not text:
-        raise ValueError("empty values are not allowed")
-    return header_value(text)
+def nonempty(check: Callable[[str], str]) -> Callable[[str], str]:
+    """Make a check reject "" too; an empty token would admit clients that send none."""
+
+    def check_nonempty(text: str) -> str:
+        if not text:
+            raise ValueError("must not be empty")
+        return check(text)
+
+    return check_nonempty
 
 
 def additional_headers(headers: Dict[str, str]) -> Dict[str, str]:
@@ -1284,13 +1285,6 @@ def controller_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9._-]{0,64}", text):
         raise ValueError("only letters, digits, '.', '_' and '-' are allowed, at most 64")
     return text
-
-
-def key_name(text: str) -> str:
-    """Check the name of a client key, which is required. Raises ValueError."""
-    if not text:
-        raise ValueError("must not be empty")
-    return controller_name(text)
 
 
 def positive(value: float) -> float:
@@ -1452,10 +1446,12 @@ class ClientKeySettings(ValidatedSettings):
     """Settings of one client key: an object in the configuration's ``keys``."""
 
     name: str = setting(
-        dataclasses.MISSING, "the owner's name, in the log, /status and /metrics", key_name
+        dataclasses.MISSING,
+        "the owner's name, in the log, /status and /metrics",
+        nonempty(controller_name),
     )
     key: str = setting(
-        dataclasses.MISSING, "the token that the client sends", nonempty_header_value, secret=True
+        dataclasses.MISSING, "the token that the client sends", nonempty(header_value), secret=True
     )
     models: Tuple[str, ...] = setting((), "names or patterns of the allowed models; default: all")
     requests_per_minute: int = setting(0, "model calls per minute; 0: unlimited")
@@ -1523,7 +1519,7 @@ class Settings(ValidatedSettings):
     bearer_token: Tuple[str, ...] = setting(
         (),
         "tokens that clients may use, comma-separated; default: no token is needed",
-        nonempty_header_value,
+        nonempty(header_value),
         secret=True,
     )
     akash_access_token: str = setting(
@@ -8189,11 +8185,8 @@ class Pool:
         errors = [error for _, _, error in lists.values() if error]
         if len(errors) == 1:
             raise errors[0]
-        raise APIError(
-            503,
-            "No controller lists its models at the moment.",
-            retry_after=Cache.RETRY,
-        )
+        message = "No controller lists its models at the moment."
+        raise APIError(503, message, retry_after=Cache.RETRY)
 
     def image(self, name: str, scope: CancelScope) -> UpstreamResponse:
         """An image from the first controller that has it. Raises APIError if none does."""
@@ -12831,12 +12824,6 @@ def ending(request: Request) -> str:
     return "whole" if writer.status < 400 else "refused"
 
 
-def trace_id(traceparent: str) -> str:
-    """Return the trace id of a W3C traceparent header; "" if it is malformed."""
-    match = _TRACEPARENT.fullmatch(traceparent)
-    return match[1] if match else ""
-
-
 def log_access(request: Request, now: float) -> None:
     """Write a request's line of the access log, probes at debug level."""
     is_probe = request.route.label in PROBE_ROUTES and request.writer.status == 200
@@ -12846,6 +12833,7 @@ def log_access(request: Request, now: float) -> None:
     record, writer, started_at = request.record, request.writer, request.started_at
     usage: Dict[str, Any] = record.usage or {}
     counted, estimated = ({}, usage) if is_estimated(usage) else (usage, {})
+    trace = _TRACEPARENT.fullmatch(request.head.headers.get("traceparent", ""))
     facts = {
         "client": client_address(request),
         "key": request.key.name if request.key else "",
@@ -12863,7 +12851,7 @@ def log_access(request: Request, now: float) -> None:
         "tokens_out": counted.get("completion_tokens"),
         "estimated_in": estimated.get("prompt_tokens"),
         "estimated_out": estimated.get("completion_tokens"),
-        "trace": trace_id(request.head.headers.get("traceparent", "")),
+        "trace": trace[1] if trace else "",
         "id": request.id,
     }
     text = " ".join(
