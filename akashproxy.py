@@ -2937,15 +2937,12 @@ class Transport:
         upstream_name: str,
         headers: Dict[str, str],
     ) -> None:
-        def either(value: Optional[float], default: float) -> float:
-            return default if value is None else value
-
         self.upstream_name = upstream_name
         defaults = {"User-Agent": settings.user_agent, "Accept-Encoding": "identity"}
         self.headers = {name.title(): value for name, value in {**defaults, **headers}.items()}
-        self.connect_timeout = either(options.connect_timeout, settings.connect_timeout)
-        self.first_byte_timeout = either(options.first_byte_timeout, settings.first_byte_timeout)
-        self.idle_timeout = either(options.idle_timeout, settings.idle_timeout)
+        self.connect_timeout = options.connect_timeout or settings.connect_timeout
+        self.first_byte_timeout = options.first_byte_timeout or settings.first_byte_timeout
+        self.idle_timeout = options.idle_timeout or settings.idle_timeout
         self.host = urllib.parse.urlsplit(base).hostname or ""
         self.proxy_host = urllib.parse.urlsplit(options.proxy).hostname or ""
         self.session_timeout = settings.session_timeout
@@ -12471,16 +12468,6 @@ def find_route(method: str, path: str) -> Route:
 
 # -- the log
 
-_NOT_ASCII = re.compile("[^ -~]+")
-
-
-def escape_match(match: "re.Match[str]") -> str:
-    """Escape the unprintable characters of a match."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
-        for char in match[0]
-    )
-
 
 def rfc3339(timestamp: float) -> str:
     """Format a Unix time as local time with its zone: 2026-01-31T12:00:00.123+01:00."""
@@ -12500,7 +12487,13 @@ class LogFormat(logging.Formatter):
         self.style = style
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = _NOT_ASCII.sub(escape_match, shorten(record.message, 4000))
+        text = shorten(record.message, 4000)
+        if not text.isprintable():
+            text = "".join(
+                char if char.isprintable() else char.encode("unicode_escape").decode()
+                for char in text
+            )
+        record.message = text
         return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:
