@@ -1668,15 +1668,16 @@ class Settings(ValidatedSettings):
 
     def _defaults(self, options: ControllerSettings) -> Dict[str, Any]:
         """Values for the fields that a controller's settings leave empty."""
-        defaults = {}
-        if not options.base_url and options.type in ("akash", "openai"):
-            defaults["base_url"] = OPENAI_URL if options.type == "openai" else self.akash_base_url
-        if options.type == "akash" and self.is_akash_server(options.base_url):
+        urls = {"openai": OPENAI_URL, "akash": self.akash_base_url}
+        base_url = options.base_url or urls.get(options.type, "")
+        defaults = {"base_url": base_url, **self._proxy(options, base_url)}
+        # Akash's token and cookie are sent to its own server only.
+        if options.type == "akash" and url_origin(base_url) == url_origin(self.akash_base_url):
             defaults["cookie"] = options.cookie or self.akash_cookie
             if self.akash_access_token and not options.api_key:
                 defaults["api_key"] = self.akash_access_token
                 defaults["key_source"] = "AKASH_ACCESS_TOKEN"
-        return {**defaults, **self._proxy(options, defaults.get("base_url") or options.base_url)}
+        return defaults
 
     def _proxy(self, options: ControllerSettings, base_url: str) -> Dict[str, Any]:
         """A controller's own proxy, PROXY, or the environment's; "" for "none"."""
@@ -1693,10 +1694,6 @@ class Settings(ValidatedSettings):
     def needs_token(self) -> bool:
         """Whether clients must send a token."""
         return bool(self.bearer_token or self.keys)
-
-    def is_akash_server(self, url: str) -> bool:
-        """Whether Akash's token and cookie may be sent to a URL ("": the default)."""
-        return not url or url_origin(url) == url_origin(self.akash_base_url)
 
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -11172,13 +11169,10 @@ class StreamRelay:
         self.loop.call_soon_threadsafe(self.connection.end_request)
 
     def abort(self) -> None:
-        """Close the upstream, and the client if it still waits, after a bug."""
-        client_waiting = not self.client_done
-        self.client_done = True
+        """Close the upstream, and the client if it still waits."""
         self._release()
-        if client_waiting:
+        if not self.client_done:
             self.connection.disconnect()
-            self.connection.end_request()
 
     def on_upstream(self) -> None:
         """Read once from the readable upstream, and write once to the client."""
@@ -11263,9 +11257,7 @@ class StreamRelay:
     def _fail(self, error: Exception) -> None:
         """Fail over on a worker, or after the first event send an error frame."""
         if self.client_done or not isinstance(error, APIError):
-            self._release()
-            if not self.client_done:
-                self.connection.disconnect()
+            self.abort()
         elif self.exchange.committed:
             frames = self.responder.error_trailer(error)
             self._release(error)
