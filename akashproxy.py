@@ -1189,7 +1189,7 @@ def proxy_credentials(url: str) -> Tuple[bytes, bytes]:
 
 def without_password(url: str) -> str:
     """A proxy's URL with its password redacted."""
-    return re.sub(r"(?<=://)([^:@]*:).*@", r"\1********@", url)
+    return re.sub(r"^(\w+://[^:@]*:).*@", r"\1********@", url)
 
 
 def environment_proxies(environ: Dict[str, str], problems: List[str]) -> Dict[str, str]:
@@ -2836,12 +2836,8 @@ class UpstreamResponse:
         if isinstance(error, APIError):
             return error
         if self.reused and not self.status and not self.head_buffer and self.scope.reason is None:
-            return APIError(
-                502,
-                f"{upstream_name} broke off the connection.",
-                code="connection",
-                category=Category.RETRY,
-            )
+            message = f"{upstream_name} broke off the connection."
+            return APIError(502, message, code="connection", category=Category.RETRY)
         return upstream_error(error, self.scope, upstream_name, in_body=self.body is not NO_BODY)
 
     def reset_idle_deadline(self, started: bool = True) -> None:
@@ -3104,13 +3100,8 @@ def exhausted_error(error: Exception) -> APIError:
     log_exhaustion(
         "this server has no descriptors or memory left for connections to upstreams", error
     )
-    return APIError(
-        503,
-        "This server is out of resources for more requests.",
-        code="overloaded",
-        retry_after=1,
-        category=Category.LOCAL,
-    )
+    message = "This server is out of resources for more requests."
+    return APIError(503, message, code="overloaded", retry_after=1, category=Category.LOCAL)
 
 
 def unexpected_error(error: Exception, upstream_name: str) -> APIError:
@@ -7742,11 +7733,8 @@ def model_allowed(patterns: Tuple[str, ...], model: str) -> bool:
 
     An empty name matches none, as the upstream could use any model.
     """
-    return (
-        not patterns
-        or model != ""
-        and any(fnmatch.fnmatchcase(model, pattern) for pattern in patterns)
-    )
+    matches = (fnmatch.fnmatchcase(model, pattern) for pattern in patterns)
+    return not patterns or model != "" and any(matches)
 
 
 class Waiter:
@@ -8156,9 +8144,8 @@ class Pool:
             log.info("model lists: %s", error.message)
         finally:
             incomplete = any(upstream.known_models is None for upstream in self.upstreams)
-            self.refresh_at = self.clock() + (
-                Cache.RETRY if incomplete else self.settings.models_ttl
-            )
+            seconds = Cache.RETRY if incomplete else self.settings.models_ttl
+            self.refresh_at = self.clock() + seconds
 
     def models(self) -> List[Dict[str, Any]]:
         """The union of all model lists, each model once. Raises APIError if it is empty."""
@@ -10298,11 +10285,9 @@ class SelectorPoller:
 
     def register(self, descriptor: int, events: int) -> None:
         """Register a socket; OSError if select() has no room for it."""
-        if isinstance(self.selector, selectors.SelectSelector) and (
-            len(self.selector.get_map()) >= self.MAX_SELECT
-            if os.name == "nt"
-            else descriptor >= 1024
-        ):
+        count = len(self.selector.get_map())
+        is_full = count >= self.MAX_SELECT if os.name == "nt" else descriptor >= 1024
+        if is_full and isinstance(self.selector, selectors.SelectSelector):
             raise OSError(errno.EMFILE, "select() can't watch more sockets")
         self.selector.register(descriptor, self._mask(events))
 
@@ -11329,11 +11314,8 @@ class KeyLimiter:
         """
         concurrency, rate = self.options.max_concurrency, self.options.requests_per_minute
         if count > rate > 0:
-            raise bad_request(
-                f"'n' must be at most {rate}: the limit of the key {self.name!r} is "
-                f"{rate} per minute.",
-                "n",
-            )
+            limit = f"the limit of the key {self.name!r} is {rate} per minute"
+            raise bad_request(f"'n' must be at most {rate}: {limit}.", "n")
         with self.lock:
             now = self.clock()
             next_free = max(self.next_free, now) + (60 * count / rate if rate else 0)
@@ -11347,11 +11329,8 @@ class KeyLimiter:
 
     def _reject(self, limit: str, seconds: float) -> APIError:
         self.rejected += 1
-        return APIError(
-            429,
-            f"Too many requests: the limit of the key {self.name!r} is {limit}.",
-            retry_after=seconds,
-        )
+        message = f"Too many requests: the limit of the key {self.name!r} is {limit}."
+        return APIError(429, message, retry_after=seconds)
 
     def release(self) -> None:
         with self.lock:
@@ -11683,11 +11662,8 @@ class Gate:
         """Check the declared size and Expect; APIError 413, 417 or 503."""
         head = request.head
         check_body_size(decoder.remaining, request.settings)
-        if (
-            request.body_unread
-            and head.http_minor == "1"
-            and head.headers.get("expect", "100-continue").lower() != "100-continue"
-        ):
+        expect = head.headers.get("expect", "100-continue")
+        if request.body_unread and head.http_minor == "1" and expect.lower() != "100-continue":
             raise APIError(417, "Only 'Expect: 100-continue' is supported.")
         # A declared length is compared with the limit but does not count: otherwise clients
         # that declare much and send nothing would lock out all others.
@@ -12138,9 +12114,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             pass  # the access log says 499
         except Exception:
             self.server.handle_error(self.request, self.client_address)
-            self.send_api_error(
-                APIError(500, "Internal error. The log has the details.", retry=False)
-            )
+            message = "Internal error. The log has the details."
+            self.send_api_error(APIError(500, message, retry=False))
         if not continues:
             self.server.loop.call_soon_threadsafe(self.request.connection.end_request)
 
@@ -12684,11 +12659,8 @@ class Server(http.server.ThreadingHTTPServer):
         if settings.server_address != self.settings.server_address:
             log.warning("the address remains %s until a restart", self.settings.server_address)
         previous = self.pool
-        self.pool, self.keys, self.settings = (
-            Pool(settings, previous),
-            key_limiters(settings, self.keys),
-            settings,
-        )
+        pool, keys = Pool(settings, previous), key_limiters(settings, self.keys)
+        self.pool, self.keys, self.settings = pool, keys, settings
         previous.close(keep=self.pool.upstreams)
 
     def __enter__(self) -> "Server":
