@@ -82,7 +82,10 @@ class Fake:
     connection is kept. answer() does the honest work.
     """
 
+    running = set()
+
     def __init__(self):
+        self.running.add(self)
         self.requests, self.faults = [], collections.deque()
         self.connections = 0
         self.gone = threading.Event()       # a fault's client has closed its connection
@@ -134,6 +137,7 @@ class Fake:
         return [json.loads(request.body) for request in self.requests if request.method == "POST"]
 
     def close(self):
+        self.running.discard(self)
         with contextlib.suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)    # wakes accept()
         self.listener.close()
@@ -350,17 +354,24 @@ class FakeOpenAI(Fake):
 # == servers ==================================================================================
 
 
+@pytest.fixture(autouse=True)
+def close_fakes():
+    """Close a test's fakes after it."""
+    before = Fake.running.copy()
+    yield
+    for fake in Fake.running - before:
+        fake.close()
+
+
 @pytest.fixture
 def akash():
-    with contextlib.closing(FakeAkash()) as upstream:
-        yield upstream
+    return FakeAkash()
 
 
 @pytest.fixture
 def fake():
     """An upstream that says "Hi there."; ``a`` and ``c`` are others, and ``b``, which says "from b."."""
-    with contextlib.closing(FakeOpenAI()) as upstream:
-        yield upstream
+    return FakeOpenAI()
 
 
 a = c = fake
@@ -368,8 +379,7 @@ a = c = fake
 
 @pytest.fixture
 def b():
-    with contextlib.closing(FakeOpenAI(text="from b.")) as upstream:
-        yield upstream
+    return FakeOpenAI(text="from b.")
 
 
 @pytest.fixture
@@ -392,7 +402,6 @@ def pool():
             controllers = []
             for name, upstream in zip("abcdef", upstreams):
                 fake, more = upstream if isinstance(upstream, tuple) else (upstream, {})
-                stack.callback(fake.close)
                 kind = {"type": "akash", "base_url": fake.url} if isinstance(fake, FakeAkash) else {"base_url": fake.url + "/v1"}
                 controllers.append(akashproxy.ControllerSettings(**{"name": name, **kind, **more}))
             server = Server(Settings(**{"server_address": "127.0.0.1:0", "controllers": tuple(controllers), "max_wait": 0,
@@ -667,6 +676,19 @@ def at_once(function, count, threads=16):
         return list(pool.map(lambda _: function(), range(count)))
 
 
+def later(function, *args, **more):
+    """A Future of what a function returns to a thread of its own."""
+    def run():
+        try:
+            future.set_result(function(*args, **more))
+        except BaseException as error:
+            future.set_exception(error)
+
+    future = concurrent.futures.Future()
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
 def refused(port):
     try:
         socket.create_connection(("127.0.0.1", port), timeout=1).close()
@@ -700,22 +722,15 @@ def stream(server, body=None, **fields):
 
 
 def read_chunks(events):
-    text, thought, finish, error = "", "", None, None
-    assert events[0]["choices"][0]["delta"] == assistant("")
-    assert len({(e["id"], e["created"], e["model"]) for e in events if "error" not in e}) == 1
-    for event in events:
-        if "error" in event:
-            assert list(event)[0] == "error" and event is events[-1] and finish is None
-            error = event["error"]
-            continue
-        assert event["object"] == "chat.completion.chunk"
-        for choice in event["choices"]:
-            assert choice["index"] == 0 and finish is None
-            finish = choice["finish_reason"]
-            text += choice["delta"].get("content") or ""
-            thought += choice["delta"].get("reasoning_content") or ""
-    assert (finish is None) != (error is None)
-    return text, thought, finish, error
+    """What the chunks of a streamed chat say, as stream() tells it, their shape checked."""
+    assert events[0]["choices"][0]["delta"] == assistant("") and events[0]["object"] == "chat.completion.chunk"
+    error = events.pop() if "error" in events[-1] else {}
+    assert list(error)[:1] == ["error"] * bool(error) and len({(e["id"], e["created"], e["model"], e["object"]) for e in events}) == 1
+    choices = [choice for event in events for choice in event["choices"]]
+    assert {choice["index"] for choice in choices} == {0} and not any(choice["finish_reason"] for choice in choices[:-1])
+    assert (choices[-1]["finish_reason"] is None) == bool(error)
+    answer = fold(read_chat(events))
+    return answer.text, answer.reasoning, choices[-1]["finish_reason"], error.get("error")
 
 
 def text_of(got):
@@ -795,11 +810,8 @@ def test_an_error_has_openais_form_and_the_originals():
     assert error.headers() == {"Retry-After": "2", "x-should-retry": "false"}
 
 
-def test_kinds_of_events_differ():
-    assert Text("a") != Reasoning("a") and Text("a") == Text("a")
-
-
 def test_fold_adds_up():
+    assert Text("a") == Text("a") != Reasoning("a")
     answer = fold([Reasoning("h"), Reasoning("m"), Text("a"), ToolCall(1, "", "id1", "g"), ToolCall(0, "{", "id0", "f"),
                    ToolCall(0, "}"), Text("b"), Finish("stop")])
     assert answer == Answer("ab", "hm", [ToolCall(0, "{}", "id0", "f"), ToolCall(1, "{}", "id1", "g")], [], Finish("stop"))
@@ -883,22 +895,13 @@ ADDRESSES = {
 }
 
 
-@pytest.mark.parametrize("text", ADDRESSES)
-def test_addresses(text):
-    expected = ADDRESSES[text]
+@pytest.mark.parametrize("text, expected", ADDRESSES.items())
+def test_addresses(text, expected):
     if isinstance(expected, tuple):
         assert akashproxy.split_address(text) == expected
     else:
         with pytest.raises(ValueError, match=expected):
             akashproxy.split_address(text)
-
-
-def test_settings_from_the_environment_and_flags_over_it():
-    environ = {"SERVER_ADDRESS": ":1", "AKASH_BASE_URL": "http://h:1/p/", "BEARER_TOKEN": "a, b", "IDLE_TIMEOUT": "1.5",
-               "USER_AGENT": "", "HOME": "/"}
-    settings = Settings.load(environ, {"server_address": ":2"})
-    assert (settings.server_address, settings.akash_base_url, settings.bearer_token, settings.idle_timeout) == (":2", "http://h:1/p", ("a", "b"), 1.5)
-    assert settings.user_agent == f"akashproxy/{akashproxy.__version__}"
 
 
 BAD_SETTINGS = {
@@ -920,14 +923,23 @@ BAD_SETTINGS = {
     "BEARER_TOKEN=a\nb": "BEARER_TOKEN: only printable ASCII",
     "LOG_LEVEL=loud": "LOG_LEVEL: 'loud' is not one of",
     "AKASH_COOKIE=a=b\r\nX: y": "AKASH_COOKIE: only printable",
+    "MODEL_ALIASES=a": "'a' is not NAME=VALUE",
+    "TOOLS_PROMPT=Call something.": "must contain", "PAGE=maybe": "'maybe' is not one of on, off",
+    **{f"PORT={port}": "is not a valid port" for port in ("x", "70000", "-1", "80 80")},
+    **{f"PATH_PREFIX={prefix}": "is not /PATH" for prefix in ("secret", "/a b", "//a", "/a?b")},
+    **{f"TRUSTED_PROXIES={network}": "" for network in ("x", "10.0.0.0/99", "a,")},
+    **{f"{name}={proxy}": words for name, words in (("HTTPS_PROXY", "PROXY=none ignores it"), ("PROXY", "must be http://"))
+       for proxy in ("https://p:1", "socks4://p", "ftp://p", "http://p:0", "http://p/x", "http://" + "u" * 300 + "@p:1")},
 }
 
 
 @pytest.mark.parametrize("line", BAD_SETTINGS)
 def test_bad_settings_name_their_source(line):
     name, _, value = line.partition("=")
-    with pytest.raises(ConfigError, match=re.escape(BAD_SETTINGS[line])):
+    with pytest.raises(ConfigError) as caught:
         Settings.load({name: value})
+    problem, = caught.value.problems
+    assert problem.startswith(f"{name}: ") and BAD_SETTINGS[line] in problem
 
 
 def test_all_mistakes_are_told_at_once():
@@ -937,16 +949,12 @@ def test_all_mistakes_are_told_at_once():
 
 
 def test_settings_made_in_code_are_checked_too():
-    settings = Settings(bearer_token="one, two", cors_origins="https://a", akash_base_url="http://h/")
-    assert (settings.bearer_token, settings.cors_origins, settings.akash_base_url) == (("one", "two"), ("https://a",), "http://h")
+    settings = Settings(bearer_token="s3cret, two", cors_origins="https://a", akash_base_url="http://h/",
+                        akash_access_token="s3cret", akash_cookie="s3cret")
+    assert (settings.bearer_token, settings.cors_origins, settings.akash_base_url) == (("s3cret", "two"), ("https://a",), "http://h")
+    assert "s3cret" not in repr(settings) + str(settings.redacted_items()) and ("bearer_token", "********") in settings.redacted_items()
     with pytest.raises(ConfigError, match="idle_timeout: must be greater than 0"):
         Settings(idle_timeout=-1)
-
-
-def test_secrets_stay_out_of_sight():
-    settings = Settings(bearer_token=("s3cret",), akash_access_token="s3cret", akash_cookie="s3cret")
-    assert "s3cret" not in repr(settings) + str(settings.redacted_items())
-    assert ("bearer_token", "********") in settings.redacted_items()
 
 
 # == http =====================================================================================
@@ -959,31 +967,15 @@ def test_secrets_stay_out_of_sight():
     "an empty value": (b"G / HTTP/1.1\r\nA:\r\n\r\n", ("G / HTTP/1.1", {"a": ""}, b"")),
     "no head at all": (b"", None),
     "a long value": (b"G / HTTP/1.1\r\nA: " + b"x" * 5000 + b"\r\n\r\n", ("G / HTTP/1.1", {"a": "x" * 5000}, b"")),
-    "obs-fold": (b"G / HTTP/1.1\r\nA: b\r\n c\r\n\r\n", 400),
-    "a blank before the colon": (b"G / HTTP/1.1\r\nA : b\r\n\r\n", 400),
-    "no colon": (b"G / HTTP/1.1\r\nAb\r\n\r\n", 400),
-    "no name": (b"G / HTTP/1.1\r\n: b\r\n\r\n", 400),
-    "NUL": (b"G / HTTP/1.1\r\nA: b\0\r\n\r\n", 400),
-    "bare LF": (b"G / HTTP/1.1\r\nA: b\nC: d\r\n\r\n", 400),
-    "bare LF only": (b"G / HTTP/1.1\nA: b\n\n", 400),
-    "bare CR": (b"G / HTTP/1.1\r\nA: b\rC: d\r\n\r\n", 400),
-    "TLS": (b"\x16\x03\x01\x02\0\x01\0", 400),
     "it ends early": (b"G / HTTP/1.1\r\nA: b", None),
-    "too large": (b"G / HTTP/1.1\r\nA: " + b"x" * 70000, 431),
-    "too many fields": (b"G / HTTP/1.1\r\n" + b"A: b\r\n" * 101 + b"\r\n", 431),
 })
 def test_heads(data, expected):
-    for cuts in ([], [5], range(1, min(len(data), 300))):
-        end, searched = -1, 0
-        with pytest.raises(ProtocolError) if isinstance(expected, int) else contextlib.nullcontext() as caught:
-            for pending in [data[:cut] for cut in cuts] + [data]:
-                end = end if end >= 0 else akashproxy.find_head_end(pending, searched)
-                searched = max(0, len(pending) - 3)
-            got = (*akashproxy.parse_head(data[:end], functools.lru_cache(str)), data[end + 4:]) if end >= 0 else None
-        assert caught.value.status == expected if caught else got == expected
+    end = akashproxy.find_head_end(data, 0)
+    assert expected == ((*akashproxy.parse_head(data[:end], functools.lru_cache(str)), data[end + 4:]) if end >= 0 else None)
 
 
 LENGTH, CHUNKED = {"content-length": "5"}, {"transfer-encoding": "chunked"}
+FRAMES = [b"0\r\n\r\n", b"5\r\nhello\r\n0\r\n\r\nGET / HTTP/1.1\r\n\r\n", b"\r\n\r\n", b"1\r\n\r\n\r\n", b"3\r\nabc\r\n"]
 
 
 @table({
@@ -997,26 +989,15 @@ LENGTH, CHUNKED = {"content-length": "5"}, {"transfer-encoding": "chunked"}
     "cut": (LENGTH, b"hell", ProtocolError, 0),
     "chunks cut": (CHUNKED, b"5\r\nhello\r\n", ProtocolError, 0),
     "the last chunk cut": (CHUNKED, b"5\r\nhello\r\n0\r\n", ProtocolError, 0),
-    "a chunk too long": (CHUNKED, b"4\r\nhello\r\n0\r\n\r\n", ProtocolError, 0),
-    "no size": (CHUNKED, b"\r\nhello\r\n", ProtocolError, 0),
     "no size and no data": (CHUNKED, b"\r\n\r\n", ProtocolError, 0),
     "leading zeros": (CHUNKED, b"0002\r\nhe\r\n003\r\nllo\r\n000\r\n\r\n", b"hello", b""),
     "a line break within": (CHUNKED, b"7\r\nhel\r\nlo\r\n0\r\n\r\n", b"hel\r\nlo", b""),
     "an empty chunk in the middle": (CHUNKED, b"5\r\nhello\r\n0\r\n\r\n5\r\nworld\r\n0\r\n\r\n", b"hello", b"5\r\nworld\r\n0\r\n\r\n"),
     "a signed size": (CHUNKED, b"+5\r\nhello\r\n", ProtocolError, 0),
-    "0x": (CHUNKED, b"0x5\r\nhello\r\n", ProtocolError, 0),
-    "underscore": (CHUNKED, b"1_0\r\nhello\r\n", ProtocolError, 0),
-    "a bare LF after the size": (CHUNKED, b"5\nhello\r\n0\r\n\r\n", ProtocolError, 0),
-    "a bare LF after the data": (CHUNKED, b"5\r\nhello\n0\r\n\r\n", ProtocolError, 0),
-    "an endless extension": (CHUNKED, b"5;" + b"x" * 5000, ProtocolError, 0),
-    "a broken trailer": (CHUNKED, b"0\r\nA : b\r\n\r\n", ProtocolError, 0),
-    "both lengths": ({**LENGTH, **CHUNKED}, b"", ProtocolError, 400),
-    "two lengths": ({"content-length": "5, 5"}, b"", ProtocolError, 400),
-    "a signed length": ({"content-length": "+5"}, b"", ProtocolError, 400),
     "another digit": ({"content-length": "٥"}, b"", ProtocolError, 400),
-    "an underscore": ({"content-length": "1_0"}, b"", ProtocolError, 400),
-    "gzip": ({"transfer-encoding": "gzip, chunked"}, b"", ProtocolError, 501),
     "a vertical tab": ({"transfer-encoding": "\x0bchunked"}, b"", ProtocolError, 501),
+    **{f"a payload that looks like framing, {payload}": (CHUNKED, chunk(b"a") + chunk(payload) + chunks(b"b"), b"a" + payload + b"b", b"")
+       for payload in FRAMES},
 })
 def test_bodies_cut_anywhere(fields, data, expected, rest):
     for parts in pieces(data) if len(data) < 100 else [[data]]:
@@ -1034,19 +1015,6 @@ def test_bodies_cut_anywhere(fields, data, expected, rest):
             with pytest.raises(expected) as caught:
                 read()
             assert caught.value.status == (rest or 400)
-
-
-FRAMES = [b"0\r\n\r\n", b"5\r\nhello\r\n0\r\n\r\nGET / HTTP/1.1\r\n\r\n", b"\r\n\r\n", b"1\r\n\r\n\r\n", b"3\r\nabc\r\n"]
-
-
-@pytest.mark.parametrize("payload", FRAMES)
-def test_a_payload_that_looks_like_framing_is_payload(payload):
-    data = chunk(b"a") + chunk(payload) + chunks(b"b")
-    for first in range(len(data)):
-        for second in range(first, len(data)):
-            body = BodyDecoder(CHUNKED)
-            got = b"".join(body.feed(part) for part in (data[:first], data[first:second], data[second:]) if part)
-            assert (got, body.done, body.trailing_data) == (b"a" + payload + b"b", True, b"")
 
 
 def test_a_body_to_the_end_of_the_connection():
@@ -1171,7 +1139,15 @@ USAGE = {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}
 EARLY, NO_REASON = "connection lost: it ended its answer early", "connection lost: it ended its answer without a finish reason"
 UNKNOWN = b"3:\"{'error': '/chat/completions: Invalid model name passed in model=no-such-model. Call `/v1/models` to view.'}\"\n"
 
-DECODED = {
+
+def decodes_cut_at_every_byte(decoder, data, expected, error):
+    for parts in pieces(data):
+        events, told = decoded(akashproxy.DecoderChain(decoder(), akashproxy.SurrogateFilter()), parts)
+        assert merged(events) == expected, parts
+        assert re.search(error, told[1]) if error else told is None
+
+
+@table({
     # name: (bytes, events, what the error says)
     "text-short": (HELLO, [T("Hello from the mock."), Finish("stop")], None),
     "text-empty": (STEP + STOP, [Finish("stop")], None),
@@ -1239,15 +1215,9 @@ DECODED = {
     "sdk6-finish-none": (sdk5(delta("part"), {"type": "finish", "finishReason": "other"}, b"[DONE]"), [T("part")], NO_REASON),
     "done without a finish": (sdk5(delta("part"), b"[DONE]"), [T("part")], EARLY),
     "comments": (b": hi\r\n\r\nevent: x\nid: 1\nretry: 2\n" + sdk5(delta("x"), FINISH5), [T("x"), Finish("stop")], None),
-}
-
-
-@table(DECODED)
+})
 def test_akash_streams_cut_at_every_byte(data, expected, error):
-    for parts in pieces(data):
-        events, told = decoded(akashproxy.DecoderChain(AkashDecoder("m"), akashproxy.SurrogateFilter()), parts)
-        assert merged(events) == expected, parts
-        assert re.search(error, told[1]) if error else told is None
+    decodes_cut_at_every_byte(lambda: AkashDecoder("m"), data, expected, error)
 
 
 def test_all_text_of_one_read_is_one_event():
@@ -1341,6 +1311,7 @@ def test_requests_to_akash(body, expected, akash, serve):
     "logprobs": ({"logprobs": True}, "logprobs", "does not support"),
     "top_logprobs": ({"top_logprobs": 3}, "top_logprobs", "does not support"),
     "response_format": ({"response_format": {"type": "json_schema"}}, "response_format", "does not support"),
+    "response_format of another kind": ({"response_format": "json"}, "response_format", ""),
     "audio": ({"audio": {"voice": "x"}}, "audio", "does not support"),
     "modalities": ({"modalities": ["text", "audio"]}, "modalities", "does not support"),
     "temperature": ({"temperature": "hot"}, "temperature", "must be a number"),
@@ -1382,11 +1353,21 @@ def test_what_akash_cannot_do_is_refused(fields, param, words, akash, serve):
     assert not akash.bodies()
 
 
-def test_what_akash_ignores_is_said(serve):
-    fields = {"seed": 1, "user": "u", "presence_penalty": 0.5, "frequency_penalty": None, "evil\r\nX": 1}
-    for streamed in (False, True):
-        assert chat(serve(), stream=streamed, **fields).headers["x-akashproxy-ignored"] == "seed, user, presence_penalty"
-    assert "x-akashproxy-ignored" not in chat(serve()).headers
+@table({    # (fields that are dropped by a setting, fields of the client's body, what is ignored)
+    "nothing": ((), {}, None),
+    "what Akash has no place for": ((), {"seed": 1, "user": "u", "presence_penalty": 0.5, "frequency_penalty": None, "evil\r\nX": 1},
+                                    "seed, user, presence_penalty"),
+    "JSON mode": ((), {"response_format": {"type": "json_object"}}, "response_format"),
+    "text": ((), {"response_format": {"type": "text"}}, None),
+    "dropped before they are checked": (("tools", "tool_choice", "n"), {"tools": [{"type": "function"}], "tool_choice": "required", "n": 2},
+                                        "tools, tool_choice, n"),
+    "dropped stops": (("stop",), {"stop": "mock"}, "stop"),
+    "dropped, and ignored": (("max_tokens",), {"max_tokens": 1, "seed": 1}, "max_tokens, seed"),
+    "not there": (("tools", "n"), {"messages": [user("hi")]}, None), "null": (("tools",), {"tools": None}, None),
+})
+def test_what_akash_ignores_is_said(drop, fields, ignored, streamed, akash, pool):
+    got = chat(pool((akash, {"drop": drop})), stream=streamed, **fields)
+    assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored and text_of(got) == "Hello from the mock."
 
 
 def test_akash_has_no_other_paths(akash, serve):
@@ -1407,16 +1388,16 @@ class Clock:
         return self.now
 
 
-def session_of(akash, clock, token=""):
-    options = akashproxy.ControllerSettings(type="akash", base_url=akash.url, api_key=token)
-    return akashproxy.AkashController(options, Settings(), clock).session
+def akash_controller(akash, clock, **options):
+    options = akashproxy.ControllerSettings(type="akash", name="a", base_url=akash.url, **options)
+    return akashproxy.CONTROLLERS["akash"](options, Settings(akash_base_url=akash.url), clock)
 
 
 def test_the_cookie_lives_for_its_max_age(akash):
     clock = Clock()
-    session = session_of(akash, clock)
-    first = session.get()
-    assert first == akash.cookie
+    session = akash_controller(akash, clock).session
+    first, = set(at_once(session.get, 64))
+    assert first == akash.cookie and akash.cookies == 1
     clock.now += 0.79 * 600
     assert session.get() == first and akash.cookies == 1
     clock.now += 0.02 * 600                 # the last fifth: the old one serves on while one thread renews
@@ -1428,15 +1409,9 @@ def test_the_cookie_lives_for_its_max_age(akash):
     assert all("cookie" not in request.headers for request in akash.requests), "one would extend nothing in 2026"
 
 
-def test_many_threads_fetch_one_cookie(akash):
-    session = session_of(akash, time.monotonic)
-    assert len(set(at_once(session.get, 64))) == 1
-    assert akash.cookies == 1
-
-
 def test_a_failed_renewal_leaves_the_old_cookie(akash):
     clock = Clock()
-    session = session_of(akash, clock)
+    session = akash_controller(akash, clock).session
     first = session.get()
     akash.session = reply(500)
     clock.now += 500
@@ -1497,7 +1472,7 @@ def test_a_client_that_leaves_while_others_fetch_the_session(akash, serve):
 })
 def test_any_cookie_is_taken(set_cookie, expected, akash):
     clock = Clock()
-    session = session_of(akash, clock)
+    session = akash_controller(akash, clock).session
     akash.session = reply(body=b"{}", extra="".join(f"Set-Cookie: {line}\r\n" for line in set_cookie.split("\n")).encode())
     assert session.get() == session.get() == expected and len(akash.requests) == 1
 
@@ -1509,12 +1484,14 @@ def test_a_server_without_sessions_is_no_error(akash, serve):
     assert [request.headers.get("cookie") for request in akash.requests] == ["a=b", "a=b", "a=b"]
 
 
-def test_an_expired_session_is_renewed_once(akash, serve):
+def test_an_expired_session_is_renewed_once_even_if_its_connection_ends_with_it(akash, serve):
     server = serve(akash_cookie="a=b")
     assert chat(server).status == 200
-    akash.cookies += 10                     # the server knows our cookie no more
-    assert chat(server).status == 200
-    assert akash.requests[-1].headers["cookie"] == akash.cookie + "; a=b"
+    for faults in ([], [akash.refuse()]):
+        akash.faults += faults
+        akash.cookies += 10                     # the server knows our cookie no more, as after a restart
+        assert chat(server).status == 200
+        assert akash.requests[-1].headers["cookie"] == akash.cookie + "; a=b"
 
 
 def test_a_session_that_stays_invalid_is_no_loop(akash, serve):
@@ -1526,16 +1503,15 @@ def test_a_session_that_stays_invalid_is_no_loop(akash, serve):
     assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] <= 1, "the server's sessions are lost, not our access"
 
 
-def test_a_redirect_is_told_with_where_it_leads(akash, serve):
-    akash.session = reply(301, b"", "", b"Location: https://elsewhere.example/\r\n")
+@table({    # the answer to a request for a session: what a client is told, Retry-After
+    "a redirect": (reply(301, b"", "", b"Location: https://elsewhere.example/\r\n"),
+                   "redirects to https://elsewhere.example/, check AKASH_BASE_URL", None),
+    "down": (reply(500, b"", ""), "did not start a session", "5"),
+})
+def test_a_session_that_is_not_started_is_said(answer, words, retry_after, akash, serve):
+    akash.session = answer
     got = chat(serve())
-    assert got.status == 503 and "redirects to https://elsewhere.example/, check AKASH_BASE_URL" in got.json["error"]["message"]
-
-
-def test_a_session_server_that_is_down_is_said(akash, serve):
-    akash.session = reply(500, b"", "")
-    got = chat(serve())
-    assert got.status == 503 and "did not start a session" in got.json["error"]["message"] and got.headers["retry-after"] == "5"
+    assert got.status == 503 and words in got.json["error"]["message"] and retry_after in (None, got.headers["retry-after"])
 
 
 @pytest.mark.parametrize("accepted", ["plain", "sha256"])
@@ -1563,11 +1539,6 @@ def test_access_tokens_of_both_versions(akash, serve, accepted):
 
 
 # == controllers: Akash's logins and allowances ================================================
-
-
-def akash_controller(akash, clock, **options):
-    options = akashproxy.ControllerSettings(type="akash", name="a", base_url=akash.url, **options)
-    return akashproxy.CONTROLLERS["akash"](options, Settings(akash_base_url=akash.url), clock)
 
 
 def signed_in(*cookies):
@@ -1598,30 +1569,21 @@ def test_a_login_is_kept_alive(set_cookie, expected, akash):
     assert akash.requests[1].headers["cookie"] == expected and controller.metrics()["akashproxy_login_active"] == 1
 
 
-@table({"signed out": SIGNED_OUT, "no logins there": reply(401, b"null")})
-def test_a_login_that_has_ended_is_reported(case, akash, caplog):
-    clock, akash.me = Clock(), case
-    controller = akash_controller(akash, clock, cookie="appSession=one")
-    controller.on_tick(0)
-    wait_for(lambda: controller.status() == {"login": "ended"})
-    clock.now += 4 * 3600
-    controller.on_tick(0)
-    wait_for(lambda: len(akash.requests) == 2)
-    assert caplog.text.count("a: its login has ended: set a new cookie") == 1 and "one" not in caplog.text.split()
-    assert controller.metrics()["akashproxy_login_active"] == 0
-
-
-@table({"July": None, "down": reply(500), "a challenge": reply(200, b"<html>", "text/html")})
-def test_a_login_that_cant_be_checked_is_tried_again_soon(case, akash, caplog):
-    clock, akash.me = Clock(), case
+@table({    # the answer to the question for a login: (its status, the metric, the seconds until it is asked again)
+    "signed out": (SIGNED_OUT, "ended", 0, 4 * 3600), "no logins there": (reply(401, b"null"), "ended", 0, 4 * 3600),
+    "July": (None, "unknown", None, 301), "down": (reply(500), "unknown", None, 301),
+    "a challenge": (reply(200, b"<html>", "text/html"), "unknown", None, 301),
+})
+def test_a_login_that_has_ended_is_reported_once_and_one_that_cant_be_checked_is_not(answer, status, metric, pause, akash, caplog):
+    clock, akash.me = Clock(), answer
     controller = akash_controller(akash, clock, cookie="appSession=one")
     for number in range(1, 4):
         controller.on_tick(0)
         controller.on_tick(0)
-        wait_for(lambda: len(akash.requests) == number)
-        clock.now += 301
-    assert controller.status() == {"login": "unknown"} and "WARNING" not in caplog.text
-    assert "akashproxy_login_active" not in controller.metrics()
+        wait_for(lambda: len(akash.requests) == number and controller.status() == {"login": status})
+        clock.now += pause
+    assert caplog.text.count("a: its login has ended: set a new cookie") == caplog.text.count("WARNING") == (status == "ended")
+    assert controller.metrics().get("akashproxy_login_active") == metric and "one" not in caplog.text.split()
 
 
 def test_no_login_is_asked_about_none(akash):
@@ -1645,18 +1607,6 @@ def test_several_logins_in_one_pool(pool):
     assert [each["rests_for_seconds"] > 0 for each in controllers()] == [True, False]
     text = ask(server, path="/metrics").body.decode()
     assert 'akashproxy_login_active{controller="a"} 1' in text and 'akashproxy_login_active{controller="b"} 0' in text
-
-
-def test_a_reload_keeps_the_renewed_login(akash):
-    akash.me = signed_in("appSession=two")
-    options = akashproxy.ControllerSettings(type="akash", base_url=akash.url, cookie="appSession=one")
-    old = akashproxy.Pool(Settings(controllers=(options,)))
-    old.on_tick(0)
-    wait_for(lambda: old.status()[0]["login"] == "active")
-    new = akashproxy.Pool(Settings(controllers=(options,), models_ttl=7), old)
-    assert new.upstreams[0] is not old.upstreams[0] and new.upstreams[0].controller.login.cookie == "appSession=two"
-    changed = akashproxy.Pool(Settings(controllers=(dataclasses.replace(options, cookie="appSession=other"),)), new)
-    assert changed.upstreams[0].controller.login.cookie == "appSession=other" and changed.status()[0]["login"] == "unknown"
 
 
 @table({  # the answer to /api/rate-limit/status/: (whether the cool-down ends, whether a request may probe at once)
@@ -1733,11 +1683,6 @@ def test_an_empty_list_is_an_outage_and_the_last_good_one_serves_on(akash):
     assert [model["id"] for model in controller.models()] == ["new"]
 
 
-def test_a_model_that_is_not_listed_is_tried(akash, serve):
-    assert chat(serve(), model="not-listed").json["model"] == "not-listed"
-    assert akash.bodies()[0]["model"] == "not-listed"
-
-
 GEN = {"model": "AkashGen", "messages": [user("a cute anime girl with blue eyes")]}
 QUEUE = [{"job_id": JOB, "status": "waiting", "queue_position": 1, "result": None},
          {"job_id": JOB, "status": "waiting", "queue_position": 1, "result": None},
@@ -1754,14 +1699,8 @@ def test_a_picture_through_chat_as_the_original_gave_it(akash, serve):
                                 "pic": f"{akash.url}/api/image/job_51083a4c_00001_.png"}
     assert got.json["object"] == "chat.completion" and got.json["usage"]["estimated"] is True
     assert text_of(got) == f"![A red fox in the snow]({server.url}/images/job_51083a4c_00001_.png)"
-
-
-def test_a_picture_streamed_tells_of_its_place_in_the_queue(akash, serve):
-    akash.chat = PICTURE_LINE
     akash.states.extend(QUEUE)
-    text, thought, finish, _ = stream(serve(), GEN)
-    assert text.startswith("![A red fox in the snow](http://127.0.0.1:") and finish == "stop"
-    assert thought == "The image is waiting, 1 before it.\nThe image is pending.\n"
+    assert stream(server, GEN) == (text_of(got), "The image is waiting, 1 before it.\nThe image is pending.\n", "stop", None)
 
 
 def test_images(akash, serve):
@@ -1787,23 +1726,24 @@ def test_the_relay_of_a_picture(akash, serve):
     assert {request.path for request in akash.requests} == {"/api/image/job_51083a4c_00001_.png", "/api/image/missing.png"}
     akash.name = "noext"
     assert ask(server, path="/images/noext").status == 404 and akash.requests[-1].path == "/api/image/noext/"
-
-
-def test_a_web_page_is_never_relayed_as_a_picture(akash, serve):
     akash.answer = lambda sock, request: sock.sendall(reply(body=b"<script>", kind="text/html")) or True
-    assert ask(serve(), path="/images/x.png").status == 404
+    assert ask(server, path="/images/x.png").status == 404, "a web page is never relayed as a picture"
 
 
 @table({
-    "failed": ([{"status": "failed", "result": "Failed: CUDA out of memory at 10.1.2.3:80"}], 502, "CUDA out of memory at (address)"),
-    "an older form": ([{"status": "completed", "result": "Failed to make it"}], 502, "Failed to make it"),
-    "lost": (["Job not found: nope"] * 3, 502, "lost"),
-    "lost, with errors": ([[]] * 3, 502, "lost"),
-    "a bad name": ([{"status": "succeeded", "result": "/api/image/.."}], 502, "name"),
-    "no end": ([{"status": "waiting", "queue_position": 9}] * 10000, 504, "not ready"),
+    # name: (what the chat says, the job's states, status, words)
+    "failed": (PICTURE_LINE, [{"status": "failed", "result": "Failed: CUDA out of memory at 10.1.2.3:80"}], 502,
+               "CUDA out of memory at (address)"),
+    "an older form": (PICTURE_LINE, [{"status": "completed", "result": "Failed to make it"}], 502, "Failed to make it"),
+    "lost": (PICTURE_LINE, ["Job not found: nope"] * 3, 502, "lost"),
+    "lost, with errors": (PICTURE_LINE, [[]] * 3, 502, "lost"),
+    "a bad name": (PICTURE_LINE, [{"status": "succeeded", "result": "/api/image/.."}], 502, "name"),
+    "no end": (PICTURE_LINE, [{"status": "waiting", "queue_position": 9}] * 10000, 504, "not ready"),
+    "not started": (pasted("x").replace(JOB.encode(), b"undefined"), [], 502, "could not start"),
+    "an endless answer": (b"x" * (5 << 20), [], 502, "sent more than 4194304 bytes"),
 })
-def test_pictures_that_fail(states, status, words, akash, serve):
-    akash.chat = PICTURE_LINE
+def test_pictures_that_fail(said, states, status, words, akash, serve):
+    akash.chat = said
     akash.states.extend(states)
     server = serve(image_timeout=0.1 if status == 504 else 20)
     for ask_it in (lambda: chat(server, GEN), lambda: ask(server, "POST", "/v1/images/generations", {"prompt": "x"})):
@@ -1844,11 +1784,6 @@ def test_a_picture_by_another_name_of_its_model(akash, pool):
     assert chat(server, {**GEN, "model": "dall-e-3"}).json["error"]["code"] == "image_failed"
 
 
-def test_a_picture_that_could_not_be_started(akash, serve):
-    akash.chat = pasted("x").replace(JOB.encode(), b"undefined")
-    assert "could not start" in chat(serve(), GEN).json["error"]["message"]
-
-
 @pytest.mark.parametrize("version", ["2026", "2025"])
 def test_words_that_akash_does_not_pass_on_are_no_failure(version, akash, serve):
     head = b"Cross-Origin-Resource-Policy: same-origin\r\n" if version == "2026" else b""
@@ -1859,11 +1794,13 @@ def test_words_that_akash_does_not_pass_on_are_no_failure(version, akash, serve)
     assert len(akash.bodies()) == 2 and ask(server, path="/status").json["controllers"][0]["failed"] == (0 if version == "2026" else 2)
 
 
-def test_failed_images_leave_chats_alone(akash, serve):
+def test_failed_images_are_not_repeated_and_leave_chats_alone(akash, serve):
     server = serve()
-    akash.faults += [akash.raw(reply(500, b'{"error":"Error generating image","message":"No workers available"}'), keep=True)] * 4
-    assert statuses(server, 4, GEN) == [502] * 4 and chat(server).status == 200
-    assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] == 0
+    akash.faults += [akash.raw(reply(500, b'{"error":"Error generating image","message":"No workers at http://inner:1/x"}'), keep=True)] * 4
+    for _ in range(4):
+        got = chat(server, GEN)
+        assert (got.status, got.json["error"]["code"], got.headers["x-should-retry"]) == (502, "image_failed", "false") and b"inner" not in got.body
+    assert chat(server).status == 200 and ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] == 0
 
 
 DRAW, WAITING = {"prompt": "a fox", "n": 2}, [{"status": "waiting", "queue_position": 1}]
@@ -1891,40 +1828,27 @@ def test_a_repeat_joins_the_jobs_of_a_request_that_was_left(first, body, second,
         assert len(got.json["data"]) == body.get("n", 1) and len(akash.bodies()) == number
 
 
-def test_each_of_several_equal_requests_has_jobs_for_its_repeat(akash, serve):
-    server = serve(image_timeout=0.2)
-    akash.chat = PICTURE_LINE
-    akash.states.extend(WAITING * 10000)
-    with concurrent.futures.ThreadPoolExecutor(4) as threads:
-        def four():
-            return [got.status for got in threads.map(lambda _: chat(server, GEN), range(4))]
-        assert four() == [504] * 4
-        akash.states.clear()
-        assert four() == [200] * 4 and len(akash.bodies()) == 4
-
-
 def test_a_repeat_joins_while_the_job_is_being_started(akash, serve):
     server, asked, go_on = serve(), threading.Event(), threading.Event()
     akash.faults.append(akash.steps(asked.set, go_on, STREAM_HEAD + chunks(PICTURE_LINE)))
     with connect(server, post("/v1/images/generations", {"prompt": "a fox"})):
         assert asked.wait(20)
     wait_for(lambda: all(link.request and link.request.cancellation.reason for link in server.connections.copy()))
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        repeat = thread.submit(ask, server, "POST", "/v1/images/generations", {"prompt": "a fox"})
-        wait_for(lambda: any(link.request and not link.request.cancellation.reason for link in server.connections.copy()))
-        go_on.set()
-        assert repeat.result().status == 200 and len(akash.bodies()) == 1
+    repeat = later(ask, server, "POST", "/v1/images/generations", {"prompt": "a fox"})
+    wait_for(lambda: any(link.request and not link.request.cancellation.reason for link in server.connections.copy()))
+    go_on.set()
+    assert repeat.result().status == 200 and len(akash.bodies()) == 1
 
 
-def test_a_repeat_joins_jobs_that_took_too_long(akash, serve):
-    server = serve(image_timeout=0.1)
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_repeat_joins_jobs_that_took_too_long_one_each(count, akash, serve):
+    server = serve(image_timeout=0.2)
     akash.chat = PICTURE_LINE
     akash.states.extend(WAITING * 10000)
-    first = chat(server, GEN)
-    assert (first.status, first.headers["x-should-retry"]) == (504, "true")
+    assert {(got.status, got.headers["x-should-retry"]) for got in at_once(lambda: chat(server, GEN), count)} == {(504, "true")}
     akash.states.clear()
-    assert chat(server, GEN).status == 200 and len(akash.bodies()) == 1
-    assert chat(server, GEN).status == 200 and len(akash.bodies()) == 2
+    assert {got.status for got in at_once(lambda: chat(server, GEN), count)} == {200} and len(akash.bodies()) == count
+    assert chat(server, GEN).status == 200 and len(akash.bodies()) == count + 1
 
 
 def test_a_repeat_goes_to_the_controller_with_its_jobs(pool):
@@ -2048,31 +1972,6 @@ def test_endless_texts_of_errors_cost_nothing(akash, serve):
         assert len(akashproxy.redact_hosts(text)) < 2000
 
 
-@table({
-    "abort-midstream": (b'0:"one "\n3:"terminated"\n', True, "terminated"),
-    "the message just ends": (b'0:"one "\n', True, EARLY),
-    "the connection just ends": (b'0:"one "\n', False, "broke off"),
-    "finish-none": (b'0:"one "\n' + END.replace(b"%b", b"unknown"), True, NO_REASON),
-    "the backend's own limit": (b'0:"one "\n3:"Rate limit exceeded"\n', True, "Rate limit"),
-})
-def test_failures_within_an_answer(lines, proper, words, akash, serve):
-    akash.faults += [akash.cut(lines, proper)] * 2
-    got = chat(serve())
-    assert got.status in (429, 502) and words in got.json["error"]["message"]
-    text, _, finish, error = stream(serve())
-    assert (text, finish) == ("one ", None) and words in error["message"] and error["type"] and error["param"] is None
-
-
-@table({
-    "in single bytes": (lambda akash: akash.steps(*re.findall(b"(?s).", STREAM_HEAD + chunks(*HELLO.splitlines(True)))), "Hello from the mock."),
-    "to the end of the connection": (lambda akash: akash.raw(b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\n\r\n" + HELLO), "Hello from the mock."),
-    "broken off when a filter holds something back": (lambda akash: akash.cut(b'0:"one </thin"\n'), 'one </thin'),
-})
-def test_a_stream_may_come_and_end_in_other_ways(fault, text, akash, serve):
-    akash.faults.append(fault(akash))
-    assert stream(serve())[0] == text
-
-
 @pytest.mark.parametrize("path", ["", "/", "/a/path", "/a/path/"])
 def test_addresses_of_the_upstream(path, akash, serve):
     answer = akash.answer
@@ -2126,7 +2025,10 @@ def test_a_chat_as_the_original_gave_it(akash, serve):
 def test_the_chunks_of_a_stream(akash, serve):
     akash.chat = b'0:"a"\nd:{"finishReason":"length","usage":{"promptTokens":11,"completionTokens":7}}\n'
     server = serve()
-    events = sse(chat(server, stream=True, stream_options={"include_usage": True}).body)
+    got = chat(server, stream=True, stream_options={"include_usage": True})
+    assert (got.headers["cache-control"], got.headers["x-accel-buffering"]) == ("no-cache, no-transform", "no")
+    assert got.headers["transfer-encoding"] == "chunked"
+    events = sse(got.body)
     assert [event["choices"] for event in events] == [
         [{"index": 0, "delta": assistant(""), "finish_reason": None}],
         [{"index": 0, "delta": {"content": "a"}, "finish_reason": None}],
@@ -2160,18 +2062,6 @@ def test_the_short_way_leads_where_the_long_one_does(before, piece):
     assert (taken == b'"b c"') == (piece == b'0:"b c"\n' and before.endswith((b'0:"a"\n', b'"`"\n')))
 
 
-def test_a_token_is_sent_at_once(akash, serve):
-    akash.faults.append(akash.stall(b'0:"one "\n'))
-    with connect(serve(), post("/v1/chat/completions", {**CHAT, "stream": True})) as sock:
-        receive(sock, b'"content":"one "')
-
-
-def test_headers_of_a_stream(serve):
-    headers = chat(serve(bearer_token=("k",)), headers={"x-api-key": "k"}, stream=True).headers
-    assert headers["cache-control"] == "no-cache, no-transform" and headers["x-accel-buffering"] == "no"
-    assert headers["transfer-encoding"] == "chunked" and headers["access-control-allow-origin"] == "*"
-
-
 def test_legacy_completions(akash, serve):
     server = serve()
     body = {"model": "m", "prompt": "Once", "max_tokens": 50}
@@ -2196,7 +2086,6 @@ def test_legacy_completions(akash, serve):
     # name: (path, body, param, words)
     "no JSON": ("chat/completions", b"{", None, "not valid JSON"),
     "nothing": ("chat/completions", b"", None, "not valid JSON"),
-    "NaN": ("chat/completions", b'{"model":NaN}', None, "NaN"),
     "bad UTF-8": ("chat/completions", b'{"model":"\xff"}', None, "not valid JSON"),
     "another encoding": ("chat/completions", '{"model":"m"}'.encode("utf-16"), None, "not valid JSON"),
     "deep": ("chat/completions", b'{"model":' + b"[" * 100000, None, "not valid JSON"),
@@ -2267,7 +2156,6 @@ def test_keep_alive_and_pipelines(serve):
     assert got.count(b"200 OK") == 2 and got.count(b"Connection: keep-alive") == 1
     old = talk(server, post("/v1/chat/completions", {**CHAT, "stream": True}).replace(b"HTTP/1.1", b"HTTP/1.0"))
     assert b"Transfer-Encoding" not in old and old.endswith(b"data: [DONE]\n\n")
-    assert talk(server, b"GET http://elsewhere:1/health?x=1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 200 ")
 
 
 ROUTES = {
@@ -2294,36 +2182,23 @@ SLASHES = {"/health/": 200, "/v1/models/": 200, "/v1/models/Qwen/Qwen3/": 200, "
            "/health//": 404, "//": 404, "/nothing/": 404}
 
 
-def test_a_slash_at_the_end_of_a_path_changes_nothing(akash, serve):
-    server = serve(path_prefix="/secret")
-    assert {path: ask(server, path="/secret" + path).status for path in SLASHES} == SLASHES
-    assert ask(server, "POST", "/secret/v1/chat/completions/", CHAT).status == 200
-    assert ask(server, path="/secret").status == ask(server, path="/").status == 404
-    locked = serve(bearer_token=("t",))
+def test_a_path_prefix_and_a_slash_at_the_end_of_a_path(akash, serve):
+    server, locked = serve(path_prefix="/my/secret/"), serve(bearer_token=("t",))
+    assert server.url.endswith("/my/secret") and {path: ask(server, path="/my/secret" + path).status for path in SLASHES} == SLASHES
+    for path in ("/v1/models", "/", "/health", "/my/secret", "/my/secretv1/models", "/my", "/MY/secret/v1/models", "/my/secret/my/secret/v1/models"):
+        assert ask(server, path=path).status == 404, path
+    for path, status in (("/my/secret/v1/chat/completions", 200), ("/my/secret/v1/chat/completions/", 200), ("/v1/chat/completions", 404)):
+        assert ask(server, "POST", path, CHAT).status == status
+    link = image_link(akash, server, "/my/secret/v1/images/generations")
+    assert link.startswith(server.url + "/images/") and ask(server, path=link.partition(str(server.server_port))[2]).status == 200
     assert [ask(locked, path=path).status for path in ("/v1/models/", "/status/", "/health/")] == [401, 401, 200]
 
 
 def test_health_and_status(serve):
     server = serve()
-    assert talk(server, b"HEAD /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").endswith(b"\r\n\r\n")
     assert ask(server).json == {"status": "ok", "message": "akashproxy is running"}
     status = ask(server, path="/status").json
     assert status["status"] == "ok" and status["controllers"][0]["name"] == "akash" and status["version"]
-
-
-def test_tokens(serve):
-    server = serve(bearer_token=("one", "two"))
-    for headers, words in (({}, "is needed"), ({"Authorization": "Bearer three"}, "Incorrect API key provided"), ({"Authorization": "Basic one"}, "is needed"),
-                           ({"Authorization": "one"}, "is needed"), ({"Authorization": "Bearer "}, "is needed")):
-        for method, path in (("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/status"), ("GET", "/nowhere"),
-                             ("GET", "/images/x.png"), ("DELETE", "/v1/models")):
-            got = ask(server, method, path, CHAT if method == "POST" else None, headers)
-            assert got.status == 401 and words in got.json["error"]["message"] and got.json["error"]["code"] == "invalid_api_key"
-            assert got.json["code"] == 401 and got.json["data"]["msg"] and got.headers["www-authenticate"] == "Bearer"
-            assert got.headers["x-should-retry"] == "false" and b"three" not in got.body
-    for headers in ({"Authorization": "Bearer one"}, {"Authorization": "bearer two"}, {"x-api-key": "two"}):
-        assert chat(server, headers=headers).status == 200
-    assert ask(server).status == 200 and ask(server, "OPTIONS", "/v1/models").status == 204
 
 
 def test_browsers_may_come_from_anywhere(serve):
@@ -2337,13 +2212,6 @@ def test_browsers_may_come_from_anywhere(serve):
     for status, answer in ((404, ask(server, path="/nowhere")), (400, chat(server, model="")), (200, chat(server, stream=True))):
         assert answer.status == status and answer.headers["access-control-allow-origin"] == "*"
         assert "x-request-id" in answer.headers["access-control-expose-headers"]
-
-
-def test_browsers_may_be_chosen(serve):
-    server = serve(cors_origins=("https://a.example",))
-    for origin, allowed in (("https://a.example", "https://a.example"), ("https://b.example", None)):
-        got = ask(server, headers={"Origin": origin})
-        assert got.headers.get("access-control-allow-origin") == allowed and got.headers["vary"] == "Origin"
 
 
 @pytest.mark.parametrize("text, origin", [
@@ -2366,18 +2234,17 @@ def test_request_ids(serve):
     assert chat(server, model="").headers["x-request-id"] != chat(server, model="").headers["x-request-id"]
 
 
-def test_a_client_that_leaves_ends_the_upstream_request(akash, serve):
+@pytest.mark.parametrize("then", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"], ids=["", "it asks again"])
+@pytest.mark.parametrize("first", [None, b'0:"one "\n'], ids=["at once", "within"])
+def test_a_client_that_leaves_ends_the_upstream_request(first, then, streamed, akash, serve):
     server, before = serve(), akashproxy.CancelScope.active.copy()
-    for fault in (akash.stall(None), akash.stall(b'0:"one "\n')):
-        for streamed in (False, True):
-            akash.gone.clear()
-            akash.faults.append(fault)
-            asked = len(akash.bodies())
-            with connect(server, post("/v1/chat/completions", {**CHAT, "stream": streamed})):
-                wait_for(lambda: len(akash.bodies()) > asked)
-            wait_for(akash.gone.is_set)
-    wait_for(lambda: not server.connections)
-    wait_for(lambda: not akashproxy.CancelScope.active - before)
+    akash.faults.append(akash.stall(first))
+    with connect(server, post("/v1/chat/completions", {**CHAT, "stream": streamed})) as sock:
+        wait_for(akash.bodies)
+        sock.sendall(then)
+        time.sleep(0.1 * bool(then))    # for some looks of the watchdog
+    wait_for(akash.gone.is_set)
+    wait_for(lambda: not server.connections and not akashproxy.CancelScope.active - before)
 
 
 @pytest.mark.parametrize("said", [[Text("HI")], []])
@@ -2422,11 +2289,10 @@ def test_several_stops_may_come_at_once():
 def test_no_stop_ends_the_loop_before_the_backlog_is_accepted():
     server, gate = Server(Settings(server_address="127.0.0.1:0")).start(), threading.Event()
     server.loop.call_soon_threadsafe(lambda: gate.wait(10))         # it is slow
-    with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        stops = [threads.submit(server.stop, 0) for _ in range(2)]
-        assert not concurrent.futures.wait(stops, 0.1).done
-        gate.set()
-        assert [stop.result() for stop in stops] == [None, None] and server.socket.fileno() < 0
+    stops = [later(server.stop, 0) for _ in range(2)]
+    assert not concurrent.futures.wait(stops, 0.1).done
+    gate.set()
+    assert [stop.result() for stop in stops] == [None, None] and server.socket.fileno() < 0
 
 
 def test_only_what_is_short_is_remembered():
@@ -2446,36 +2312,19 @@ def test_a_bug_is_not_shown_and_ends_its_call(own, serve, caplog):
     assert "division" not in got.body.decode() and "ZeroDivisionError" in caplog.text
 
 
-def test_a_hundred_streams_at_once(akash, serve):
-    server = serve()
-    assert set(at_once(lambda: stream(server), 200, 100)) == {("Hello from the mock.", "", "stop", None)}
-
-
 def test_a_graceful_stop(akash, serve):
     server, hold = serve(), threading.Event()
     akash.faults.append(akash.steps(STREAM_HEAD + chunk(b'0:"one "\n'), hold, chunks(b'0:"two"\n' + STOP)))
-    with link_to(server) as idle, concurrent.futures.ThreadPoolExecutor(2) as threads:
+    with link_to(server) as idle:
         assert ask_again(idle).status == 200
-        answer = threads.submit(stream, server)
+        answer = later(stream, server)
         wait_for(lambda: akash.bodies())
-        stopped = threads.submit(server.stop, 10)
+        stopped = later(server.stop, 10)
         wait_for(lambda: server.draining and server.socket.fileno() < 0)
         assert idle.sock.recv(1) == b"", "an idle connection is closed soon"
         hold.set()
         assert answer.result() == ("one two", "", "stop", None)
         stopped.result()
-
-
-def test_a_stop_that_waits_no_longer(akash, serve):
-    akash.faults.append(akash.stall(b'0:"one "\n'))
-    server = serve()
-    with concurrent.futures.ThreadPoolExecutor(1) as threads:
-        answer = threads.submit(stream, server)
-        wait_for(lambda: akash.bodies())
-        time.sleep(0.05)
-        server.stop(0.05)
-        text, _, finish, error = answer.result()
-    assert finish is None and "stopping" in error["message"]
 
 
 # == the command ==============================================================================
@@ -2532,25 +2381,19 @@ def started(*flags, **options):
         yield process, port_of(process)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_command_stops_cleanly(number):
-    with started("--demo") as (process, port):
-        process.send_signal(number)
-        assert process.wait(20) == 0
-        assert "Traceback" not in process.stderr.read()
-
-
 def test_the_demo_goes_the_whole_way():
     with started("--demo", "--image-poll", "0.01") as (process, server):
         assert [model["id"] for model in ask(server, path="/v1/models").json["data"]] == ["demo", "AkashGen"]
         asked = {"model": "demo", "messages": [user("What is Akash?")]}
-        with concurrent.futures.ThreadPoolExecutor(1) as threads:
-            complete = threads.submit(chat, server, asked)
-            text, _, finish, _ = stream(server, asked)
-            assert "What is Akash?" in text and finish == "stop"
-            assert "What is Akash?" in text_of(complete.result())
+        complete = later(chat, server, asked)
+        text, _, finish, _ = stream(server, asked)
+        assert "What is Akash?" in text and finish == "stop"
+        assert "What is Akash?" in text_of(complete.result())
         text, thought, _, _ = stream(server, {"model": "AkashGen", "messages": [user("It's a \"fox\"")]})
         assert "2 before it" in thought and "It's a \"fox\"" in text
+        for streamed in (False, True):
+            got = chat(server, {"model": "gpt-4o", "messages": [user("hi")]}, stream=streamed)
+            assert got.status == 500 and got.json["code"] == 500 and b"model_not_found" in got.body
         picture = ask(server, path="/images/" + re.search(r"/images/([^)]+)\)", text)[1])
         assert picture.headers["content-type"] == "image/png" and picture.body.startswith(b"\x89PNG\r\n\x1a\n")
         health = run("--health", SERVER_ADDRESS=f"127.0.0.1:{server}")
@@ -2634,13 +2477,15 @@ def test_sigterm_works_while_nobody_reads_the_log(akash):
     os.close(reader), os.close(writer)
 
 
-def test_the_last_lines_of_the_log_are_written():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_stops_cleanly_and_writes_the_last_lines_of_its_log(number):
     with started("--demo") as (process, server):
         for _ in range(20):
             ask(server, path="/nowhere")
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         assert process.wait(20) == 0
-        assert process.stderr.read().count(" status=404 ") == 20
+        output = process.stderr.read()
+        assert output.count(" status=404 ") == 20 and "Traceback" not in output
 
 
 def full_disk():
@@ -2711,13 +2556,6 @@ def test_an_open_address_is_warned_of(address, token, with_keys, warned, config)
         assert ("set BEARER_TOKEN" in process.communicate(timeout=20)[1]) == warned
 
 
-def test_check_shows_the_settings_but_no_secret():
-    done = run("--check", "--log-level", "debug", BEARER_TOKEN="s3cret", AKASH_COOKIE="s3cret")
-    assert done.returncode == 0 and "s3cret" not in done.stdout + done.stderr
-    displayed = dict(line.split("=", 1) for line in done.stdout.partition("\n\n")[0].splitlines()[2:])
-    assert set(displayed) == set(SETTINGS) and displayed["BEARER_TOKEN"] == "********" and displayed["LOG_LEVEL"] == "debug"
-
-
 @pytest.mark.parametrize("python", ["3.7", "3.8"])
 def test_an_old_python_says_what_is_needed(python):
     root = pathlib.Path(os.environ.get("PYENV_ROOT") or pathlib.Path.home() / ".pyenv")
@@ -2764,11 +2602,11 @@ def test_help_and_version():
         assert done.stdout == f"akashproxy {akashproxy.__version__}\n"
 
 
-def test_health_of_no_server():
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    done = run("--health", SERVER_ADDRESS=f":{port}")
+def test_health_asks_the_server():
+    done = run("--health", SERVER_ADDRESS=f":{free_port()}")
     assert done.returncode == 1 and "no answer" in done.stderr
+    with started("--demo", "--path-prefix", "/s") as (_, port):
+        assert run("--health", "--server-address", f"127.0.0.1:{port}", "--path-prefix", "/s").returncode == 0
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
@@ -2777,10 +2615,6 @@ def test_all_interfaces_take_both_families(address, serve):
     server = serve(server_address=address)
     for host in ("127.0.0.1", "::1"):
         socket.create_connection((host, server.server_port), timeout=5).close()
-
-
-def test_localhost_is_ipv4(serve):
-    assert serve(server_address="localhost:0").server_address[0] == "127.0.0.1"
 
 
 def test_importing_starts_nothing():
@@ -2840,7 +2674,7 @@ def test_the_search_for_a_file(config, tmp_path, monkeypatch):
         {"CHATGPT_APISERVER_CONFIG_PATH": "else"}, {})]
     assert found == ["else/where.json", "else/where.json", "else/akashproxy.json", "else/akashproxy.json", "./akashproxy.json"]
     (tmp_path / "akashproxy.json").unlink()
-    (tmp_path / "chatgpt-apiserver.json").unlink()
+    (tmp_path / "chatgpt-apiserver.json").rename("chatgpt-apiserver.yaml")      # what can be read is preferred
     assert Settings.load({}).config_file == ".config/chatgpt-apiserver.json"
     for flag in ("--config_file", "--config-file"):
         assert "MAX_WAIT=7" in run(flag, str(tmp_path / "else/where.json"), "--check").stdout
@@ -2865,13 +2699,6 @@ def test_a_configuration_that_can_not_be_used_is_a_mistake(files, environ, words
     assert akashproxy.main([]) == 2
     output = capsys.readouterr()
     assert not output.out and words in output.err and output.err.count("\n") == 1
-
-
-def test_json_is_preferred_to_what_can_not_be_read(config, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config("x", "chatgpt-apiserver.yaml")
-    config({"max_wait": 7}, "config/akashproxy.json")
-    assert Settings.load({}).max_wait == 7
 
 
 @pytest.mark.parametrize("base_url, sent", [
@@ -2902,7 +2729,6 @@ def test_akashs_secrets_go_to_akashs_own_server_only(named, akash, serve):
     assert akash.requests and other.requests
     assert all("s3cret" in str(request.headers) for request in akash.requests)
     assert not any("s3cret" in str(request) for request in other.requests)
-    other.close()
 
 
 def test_check_says_where_a_key_comes_from(config):
@@ -2928,17 +2754,13 @@ def test_a_bad_key_of_the_environment_is_one_mistake_of_several(config):
 
 def test_what_wins_over_what(config):
     path = config({"port": 8080, "max_wait": 1, "pool": {"type": "random"}, "idle_timeout": 2.5, "bearer_token": ["a", "b"]})
-    settings = Settings.load({"MAX_WAIT": "5", "CHATGPT_APISERVER_POOL_TYPE": "balanced", "CHATGPT_APISERVER_PORT": "81"},
-                             {"config_file": path, "max_wait": "6"})
+    settings = Settings.load({"MAX_WAIT": "5", "CHATGPT_APISERVER_POOL_TYPE": "balanced", "CHATGPT_APISERVER_PORT": "81",
+                              "AKASH_BASE_URL": "http://h:1/p/", "BODY_TIMEOUT": "1.5", "USER_AGENT": "", "HOME": "/"}, {"config_file": path, "max_wait": "6"})
+    assert (settings.akash_base_url, settings.body_timeout, settings.user_agent) == ("http://h:1/p", 1.5, f"akashproxy/{akashproxy.__version__}")
     assert (settings.server_address, settings.pool_type, settings.max_wait, settings.idle_timeout, settings.bearer_token) == (
         ":81", "balanced", 6.0, 2.5, ("a", "b"))
     assert Settings.load({"SERVER_ADDRESS": "localhost:1", "CHATGPT_APISERVER_PORT": "81"}, {"config_file": path}).server_address == "localhost:1"
     assert load(config({"port": 1, "server_address": "h:2"})).server_address == "h:2"
-
-
-def test_no_file_is_one_akash_controller():
-    settings = Settings.load({"AKASH_BASE_URL": "http://a/", "AKASH_ACCESS_TOKEN": "t"})
-    assert [(c.name, c.type, c.base_url, c.api_key) for c in settings.pool()] == [("akash", "akash", "http://a", "t")]
 
 
 def test_the_environment_within_the_file(config):
@@ -2972,7 +2794,24 @@ def test_all_mistakes_of_a_file_with_their_places(config):
         assert line in problems, line
 
 
+KEYS = {    # client keys that can not be: what is said of them
+    "an object": ({}, "keys: must be a list"), "null": (None, "keys: must be a list"), "a text": (["k"], "keys[0]: must be an object"),
+    "misspelt within": ([{"name": "a", "key": "k", "request_per_minute": 1}],
+                        "keys[0].request_per_minute: unknown key; did you mean 'requests_per_minute'?"),
+    "no name": ([{"key": "k"}], "keys[0].name: is missing"), "no key": ([{"name": "a"}], "keys[0].key: is missing"),
+    "an empty name": ([{"name": "", "key": "k"}], "keys[0].name: must not be empty"),
+    "an empty key": ([{"name": "a", "key": ""}], "keys[0].key: must not be empty"),
+    "a key that can't be sent": ([{"name": "a", "key": "k "}], "keys[0].key: only printable ASCII"),
+    "a name that can't be shown": ([{"name": "a|b", "key": "k"}], "keys[0].name: only letters"),
+    "two names": ([{"name": "a", "key": "k"}, {"name": "a", "key": "l"}], "keys: two have the name 'a'"),
+    "two keys": ([{"name": "a", "key": "s3cret"}, {"name": "b", "key": "s3cret"}], "keys: two have the same key"),
+    "a rate that is none": ([{"name": "a", "key": "k", "requests_per_minute": 0.5}], "keys[0].requests_per_minute: must be a whole"),
+    "not in the environment": ([{"name": "a", "key": "${NONE}"}], "keys[0].key: the environment variable NONE is not set"),
+}
+
+
 @pytest.mark.parametrize("text, words", [
+    *[(json.dumps({"keys": value}), words) for value, words in KEYS.values()], ('{"kes": []}', "kes: unknown key; did you mean 'keys'?"),
     ('{"a": 1,\n "b": }', "line 2, column 7"), ("[]", "must be a JSON object"), ('{"controllers": []}', "at least one controller"),
     ('{"controllers": 7}', "at least one controller"), ('{"max_wait": NaN}', "NaN is not JSON"), ('{"pool": 1}', "pool: must be an object"),
     ('{"port": "x"}', "port: 'x' is not a valid port"), ('{"controllers": null}', "at least one controller"),
@@ -2986,22 +2825,18 @@ def test_broken_files_and_the_exit_status(config, text, words, capsys):
     path = config("")
     pathlib.Path(path).write_text(text, encoding="latin-1")
     assert akashproxy.main(["--config_file", path, "--check"]) == 2
-    printed = capsys.readouterr().err
-    assert words in printed and "Traceback" not in printed
+    problems = capsys.readouterr().err
+    assert words in problems and "s3cret" not in problems and problems.count("\n") == 1 + ("MY-KEY" in text)
 
 
-def test_a_broken_or_missing_file_ends_the_process(config):
-    for path, words in ((config("[]", "broken.json"), "must be a JSON object"), (config("{}") + "x", "No such file")):
-        done = run("--config_file", path, "--check")
-        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
-
-
-def test_check_shows_the_file_and_the_controllers(config):
+def test_check_shows_the_settings_their_file_and_the_controllers_but_no_secret(config):
     path = config({"controllers": [{"type": "openai", "api_key": "s3cret", "proxy": "http://u:s3cret@h:1", "headers": {"k": "s3cret"}}]})
-    done = run("--config-file", path, "--check")
+    done = run("--config-file", path, "--check", "--log-level", "debug", BEARER_TOKEN="s3cret", AKASH_COOKIE="s3cret")
+    displayed = dict(line.split("=", 1) for line in done.stdout.partition("\n\n")[0].splitlines()[2:])
+    assert set(displayed) == set(SETTINGS) and displayed["BEARER_TOKEN"] == "********" and displayed["LOG_LEVEL"] == "debug"
     assert f"# file: {path}\n" in done.stdout and "# searched: ., .config, config, /etc/akashproxy, /etc/chatgpt-apiserver" in done.stdout
-    assert "[openai]\ntype=openai" in done.stdout and "api_key=********" in done.stdout and "s3cret" not in done.stdout + done.stderr
-    assert "s3cret" not in repr(load(path))
+    assert "[openai]\ntype=openai" in done.stdout and "api_key=********" in done.stdout
+    assert done.returncode == 0 and "s3cret" not in done.stdout + done.stderr + repr(load(path))
 
 
 # == controllers: OpenAI ======================================================================
@@ -3073,10 +2908,6 @@ def test_a_relayed_answer_that_breaks_off(fake, pool):
         ask(server, "POST", "/v1/audio/speech", {"model": "both", "input": "x"})
 
 
-def fragments(*more):
-    return [{"index": 0, "id": "call_1", "type": "function", "function": {"name": "f", "arguments": ""}}], *more
-
-
 ERROR_EVENT = b'data: {"error":{"message":"boom","type":"server_error","code":null}}\n\n'
 
 # What servers say of why an answer ended, and what it means; "": an error.
@@ -3097,25 +2928,19 @@ def test_why_an_answer_ended(meaning, reason):
     assert meaning or decoder.error.status == 502 and repr(reason) in decoder.error.message
 
 
-@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
-def test_a_reason_to_end_that_is_no_text_is_none(path, fake, pool):
-    fake.sends(fake.head() + chunks(fake.event({"content": "a"}, ["stop"]), b"data: [DONE]\n\n"))
-    assert b"ended its answer early" in ask(pool(fake), "POST", path, {**WANTS[path], "stream": True}).body
-
-
-@pytest.mark.parametrize("calls, reason, expected", [(True, "stop", "tool_calls"), (True, "tool_use", "tool_calls"), (False, "tool_calls", "stop"),
-                                                     (True, "length", "length")])
-def test_an_answer_ends_with_calls_only_where_there_are_some(calls, reason, expected):
-    assert akashproxy.finish_reason("b", reason, calls) == expected
+def calls(*fragments):
+    """A delta with fragments of tool calls (index, id, name, arguments), None for what is left out."""
+    def fragment(index, id, name, arguments):
+        function = {key: value for key, value in (("name", name), ("arguments", arguments)) if value is not None}
+        kind = "function" if id else None
+        return {key: value for key, value in (("index", index), ("id", id), ("type", kind), ("function", function)) if value is not None}
+    return {"tool_calls": [fragment(*each) for each in fragments]}
 
 
 def call_parts(*parts):
-    """A stream of fragments (index, id, name, arguments), None for what is left out; a list of them is one event."""
-    def fragment(index, id, name, arguments):
-        function = {key: value for key, value in (("name", name), ("arguments", arguments)) if value is not None}
-        return {key: value for key, value in (("index", index), ("id", id), ("function", function)) if value is not None}
-    return b"".join(FakeOpenAI.event(part if isinstance(part, dict) else {"tool_calls": [fragment(*each) for each in (part if isinstance(part, list) else [part])]})
-                    for part in parts) + FakeOpenAI.event({}, "tool_calls")
+    """A stream of deltas, or fragments of calls; a list of them is one event."""
+    deltas = [part if isinstance(part, dict) else calls(*(part if isinstance(part, list) else [part])) for part in parts]
+    return b"".join(map(FakeOpenAI.event, deltas)) + FakeOpenAI.event({}, "tool_calls")
 
 
 @table({
@@ -3147,6 +2972,8 @@ def call_parts(*parts):
     "all arguments once more, as a string": (call_parts((0, "a", "f", '{"a":1}'), (0, None, None, '"{\\"a\\":1}"')), [("f", '{"a":1}')]),
     "all arguments so far with each fragment": (call_parts((0, "a", "f", ""), (0, "a", None, '{"a"'), (0, "a", None, '{"a":1'), (0, "a", None, '{"a":1}')), [("f", '{"a":1}')]),
     "one call with several indexes": (call_parts((0, "a", "f", '{"a":1}'), (1, "a", "f", '{"a":1}'), (2, "a", "f", '{"a":1}')), [("f", '{"a":1}')]),
+    "an object, and more": (call_parts((0, "a", "f", '{"a":1}'), (0, "b", "g", {"b": 2}), (0, None, None, "x")),
+                            [("f", '{"a":1}'), ("g", '{"b":2}')]),
 })
 def test_calls_however_they_are_fragmented(data, expected):
     for parts in pieces(data):
@@ -3174,13 +3001,6 @@ def test_halves_of_a_character_are_joined(events, expected):
         step = akashproxy.SurrogateFilter()
         found = [event for part in parts for event in step.feed(part)]
         assert merged(found + step.close()) == expected
-
-
-def test_a_call_without_a_name_is_an_error():
-    decoder = akashproxy.ChatDecoder("b")
-    decoder.feed(call_parts((0, "a", None, "{}")))
-    decoder.close()
-    assert "without a name" in decoder.error.message
 
 
 def deflated(data, wbits):
@@ -3369,11 +3189,8 @@ def test_a_relayed_stream_is_complete_with_its_last_event(path, body, ended, fak
                    [T("a"), Finish("stop")], None),
     "reasoning_content": (FakeOpenAI.event({"reasoning_content": "h"}) + FakeOpenAI.event({"content": "a"}, "stop"), [R("h"), T("a"), Finish("stop")], None),
     "reasoning": (FakeOpenAI.event({"reasoning": "h", "content": None}) + FakeOpenAI.event({"content": "a"}, "stop"), [R("h"), T("a"), Finish("stop")], None),
-    "tool calls": (b"".join(FakeOpenAI.event({"tool_calls": calls}) for calls in (
-        [{"index": 0, "id": "c0", "type": "function", "function": {"name": "f", "arguments": ""}}],
-        [{"index": 0, "function": {"arguments": "{\"a\""}}], [{"index": 1, "id": "c1", "function": {"name": "g", "arguments": ""}}],
-        [{"index": 0, "function": {"arguments": ":1}"}}])) + FakeOpenAI.event({}, "tool_calls"),
-        [ToolCall(0, "", "c0", "f"), ToolCall(0, '{"a"'), ToolCall(1, "", "c1", "g"), ToolCall(0, ":1}"), Finish("tool_calls")], None),
+    "tool calls": (call_parts((0, "c0", "f", ""), (0, None, None, '{"a"'), (1, "c1", "g", ""), (0, None, None, ":1}")), [
+        ToolCall(0, "", "c0", "f"), ToolCall(0, '{"a"'), ToolCall(1, "", "c1", "g"), ToolCall(0, ":1}"), Finish("tool_calls")], None),
     "a second choice": (b'data: {"choices":[{"index":1,"delta":{"content":"b"}},{"index":0,"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n',
                         [T("a"), Finish("stop")], None),
     "the legacy form": (b'data: {"choices":[{"index":0,"text":"a","finish_reason":"stop"}]}\n\n', [T("a"), Finish("stop")], None),
@@ -3385,6 +3202,8 @@ def test_a_relayed_stream_is_complete_with_its_last_event(path, body, ended, fak
     "it just ends": (FakeOpenAI.event({"content": "a"}), [T("a")], EARLY),
     "[DONE] without a finish": (FakeOpenAI.event({"content": "a"}) + b"data: [DONE]\n\n", [T("a")], EARLY),
     "no JSON": (b"data: {oops\n\n", [], "not JSON"),
+    "a reason to end that is no text": (FakeOpenAI.event({"content": "a"}, ["stop"]) + b"data: [DONE]\n\n", [T("a")], EARLY),
+    "a call without a name": (call_parts((0, "a", None, "{}")), [], "without a name"),
     "odd shapes": (b'data: {"choices":[null,{"delta":7},{"delta":{"content":7,"tool_calls":[7]}}]}\n\n' + FakeOpenAI.event({"content": "a"}, "stop"),
                    [T("a"), Finish("stop")], None),
     "CR alone": (FakeOpenAI.event({"content": "a"}, "stop").replace(b"\n", b"\r"), [T("a"), Finish("stop")], None),
@@ -3413,10 +3232,7 @@ def test_a_relayed_stream_is_complete_with_its_last_event(path, body, ended, fak
     "Groq's usage": (FakeOpenAI.event({"content": "a"}, "stop")[:-3] + b',"x_groq":{"usage":{"prompt_tokens":11,"completion_tokens":7}}}\n\n', [T("a"), Finish("stop", USAGE)], None),
 })
 def test_openai_streams_cut_at_every_byte(data, expected, error):
-    for parts in pieces(data):
-        events, told = decoded(akashproxy.DecoderChain(akashproxy.ChatDecoder("b"), akashproxy.SurrogateFilter()), parts)
-        assert merged(events) == expected, parts
-        assert re.search(error, told[1]) if error else told is None
+    decodes_cut_at_every_byte(lambda: akashproxy.ChatDecoder("b"), data, expected, error)
 
 
 CREATED = b'data: {"type":"response.created","response":{"object":"response","error":null}}\n\n'
@@ -3475,14 +3291,6 @@ def test_a_relayed_stream_without_done_needs_a_reason_to_end(reason, error, fake
     assert (b"ended its answer early" in chat(pool(fake), BOTH, stream=True).body) == error
 
 
-def test_an_upstream_that_streams_unasked_or_does_not(fake, pool):
-    server = pool(fake)
-    fake.sends(fake.head() + chunks(*fake.events()))
-    assert text_of(chat(server, BOTH)) == "Hi there."
-    fake.sends(reply(body=fake.completion()))
-    assert stream(server, BOTH)[0] == "Hi there."
-
-
 def test_echo(serve):
     server = serve(controllers=(ECHO,))
     assert str(server.pool) == "echo (echo)"    # it has no address
@@ -3510,11 +3318,13 @@ def members_of(weights, kind="balanced", max_wait=3.0, **more):
     return akashproxy.Pool(Settings(controllers=tuple(options), pool_type=kind, max_wait=max_wait), clock=Clock())
 
 
-def test_balanced_is_smooth():
-    pool = members_of({"a": 5, "b": 1, "c": 1})
-    assert "".join(akashproxy.weighted_round_robin(pool.upstreams).name for _ in range(14)) == "aabacaa" * 2
-    pool = members_of({"a": 0.5, "b": 0.25})
-    assert "".join(akashproxy.weighted_round_robin(pool.upstreams).name for _ in range(6)) == "abaaba"
+@table({
+    "balanced is smooth": ({"a": 5, "b": 1, "c": 1}, "aabacaa" * 2), "fractions": ({"a": 0.5, "b": 0.25}, "abaaba"),
+    "0 is off": ({"a": 0, "b": 1}, "bbbbb"),
+})
+def test_choices_by_weight(weights, names):
+    pool = members_of(weights)
+    assert "".join(pool.acquire(exchange(pool)).name for _ in names) == names
 
 
 def test_ten_thousand_choices_of_many_threads_are_exact():
@@ -3536,11 +3346,6 @@ def test_least_busy_is_by_requests_in_flight():
     for _ in range(4):
         pool.release(pool.upstreams[0], None, True, 0)
     assert pool.acquire(exchange(pool)).name == "a"
-
-
-def test_a_weight_of_zero_is_off():
-    pool = members_of({"a": 0, "b": 1})
-    assert {pool.acquire(exchange(pool)).name for _ in range(5)} == {"b"}
 
 
 def stop_of(number, category=None, **more):
@@ -3643,11 +3448,12 @@ def test_failover_and_cool_down(fault, given, status, code, failover, cools_down
     assert alone.headers.get("retry-after") == "7" or status not in (408, 409, 425, 429) and (code, status) != ("c", 503)
 
 
-def test_all_fail_and_each_is_asked_once(a, b, c, pool):
-    for fake in (a, b, c):
-        fake.faults.extend([fake.status(500)] * 5)
-    got = chat(pool(a, b, c), BOTH)
-    assert (got.status, route_of(got)) == (502, "a=500, b=500, c=500") and [len(fake.bodies()) for fake in (a, b, c)] == [1, 1, 1]
+def test_all_fail_and_each_is_asked_once_and_the_next_request_is_told_to_come_again(a, b, c, pool):
+    server = pool(*(fake.sends(b"\0") for fake in (a, b, c)))
+    got = chat(server, BOTH)
+    assert (got.status, route_of(got)) == (502, "a=502, b=502, c=502") and [len(fake.bodies()) for fake in (a, b, c)] == [1, 1, 1]
+    got = chat(server, BOTH)
+    assert (got.status, got.headers["retry-after"]) == (503, "1")
 
 
 def test_when_all_cool_down_the_soonest_is_told(a, b, pool):
@@ -3658,13 +3464,6 @@ def test_when_all_cool_down_the_soonest_is_told(a, b, pool):
         got = chat(server, BOTH)
         assert got.status == 429 and got.json["error"]["code"] == code and 38 <= int(got.headers["retry-after"]) <= 40
     assert len(a.bodies()) == len(b.bodies()) == 1
-
-
-def test_when_all_have_failed_the_next_request_is_told_to_come_again(a, b, pool):
-    server = pool(a.sends(b"\0"), b.sends(b"\0"))
-    assert chat(server, BOTH).status == 502
-    got = chat(server, BOTH)
-    assert (got.status, got.headers["retry-after"]) == (503, "1")
 
 
 @pytest.mark.parametrize("kind", ["akash", "openai"])
@@ -3683,14 +3482,6 @@ def test_a_broken_model_keeps_no_other_model_from_being_served(kind, pool):
 
 def test_a_short_cool_down_is_waited_for(a, b, pool):
     assert statuses(pool(a.sends(b"\0"), b.sends(b"\0"), max_wait=5), 2) == [502, 200], "each is asked at most once in a request"
-
-
-def test_one_alone_rests_only_where_it_was_told_to(a, pool):
-    server = pool(a)
-    a.faults.extend([a.raw(b"\0"), a.status(401), a.raw(b"\0")])
-    assert statuses(server, 4) == [502, 424, 502, 200]
-    a.faults.append(a.status(429, extra=b"Retry-After: 99\r\n"))
-    assert statuses(server, 2) == [429, 429] and len(a.bodies()) == 5
 
 
 def test_a_storm_of_429_on_one_of_three_keys_costs_no_error(a, b, c, pool):
@@ -3717,11 +3508,11 @@ def test_requests_at_a_time(a, b, pool):
         fake.faults.append(fake.stall())
     with connect(server, request):
         wait_for(a.bodies)
-        with connect(server, request) as second, concurrent.futures.ThreadPoolExecutor(1) as threads:
+        with connect(server, request) as second:
             wait_for(b.bodies)
             got = chat(server, BOTH)
             assert (got.status, got.headers["retry-after"]) == (429, "1")
-            answer = threads.submit(chat, server, BOTH)
+            answer = later(chat, server, BOTH)
             second.close()
             assert answer.result().headers["x-akashproxy-route"] == "b=200"
 
@@ -3757,7 +3548,8 @@ def test_tools_never_go_to_akash_if_another_can_take_them(pool):
     assert not a.bodies() and b.bodies()[0]["tools"] == WITH_A_TOOL["tools"]
     b.faults.append(b.status(429, extra=LIMIT))
     for _ in range(2):
-        assert chat(server, BOTH, **WITH_A_TOOL).status == 429, "the 400 of Akash would be a lie"
+        got = chat(server, BOTH, **WITH_A_TOOL)
+        assert (got.status, got.headers["retry-after"]) == (429, "7"), "the 400 of Akash would be a lie, and so would the time of one that can't"
     got = chat(pool(FakeAkash()), BOTH, **WITH_A_TOOL)
     assert (got.status, got.json["error"]["param"]) == (400, "tools")
 
@@ -3906,17 +3698,17 @@ def test_status_shows_no_words_of_clients(number, words, a, pool):
         assert before - 2 < moment.timestamp() < time.time() + 2
 
 
-def test_after_any_failure_a_lone_controller_serves_and_shows_that(a, pool):
+def test_a_lone_controller_rests_only_where_it_was_told_to_and_shows_that(a, pool):
     server = pool(a)
-    for fault in (a.status(401), a.status(402), a.raw(b"\0"), *[a.status(500)] * 7):
-        a.faults.append(fault)
-        assert chat(server, BOTH).status >= 424
-    assert chat(server, BOTH).status == 200
+    a.faults.extend([a.raw(b"\0"), a.status(401), a.status(402), a.raw(b"\0"), *[a.status(500)] * 7])
+    assert statuses(server, 12) == [502, 424, 424, 502, *[502] * 7, 200]
     assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] == 0
     assert b'akashproxy_controller_resting{controller="a"} 0' in ask(server, path="/metrics").body
-    a.faults.append(a.status(429, extra=b"Retry-After: 2\r\n"))
-    got = chat(server, BOTH)
-    assert (got.status, got.headers["retry-after"]) == (429, "2")
+    a.faults.append(a.status(429, extra=b"Retry-After: 99\r\n"))
+    for _ in range(2):
+        got = chat(server, BOTH)
+        assert (got.status, got.headers["retry-after"]) == (429, "99")
+    assert len(a.bodies()) == 13
 
 
 @pytest.mark.parametrize("number", ["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"])
@@ -3965,14 +3757,14 @@ def test_connections_that_cannot_be_accepted_are_one_line_in_the_log():
 NAMES = {"claude-haiku-9": "small", "claude-9": "big/one", "big--one": "big/one", "as--is": "as--is", "no--such": "no--such", "both": "both"}
 
 
-@pytest.mark.parametrize("asked", NAMES)
-def test_other_names_of_models(asked, pool):
+@pytest.mark.parametrize("asked, model", NAMES.items())
+def test_other_names_of_models(asked, model, pool):
     fake = FakeOpenAI(["big/one", "as--is", "as/is", "small", "both"])
     server = pool(fake, model_aliases={"*haiku*": "small", "claude-*": "big/one"})
     got = chat(server, {**BOTH, "model": asked, "new": 1})
-    assert got.status == 200 and fake.bodies()[-1] == {**BOTH, "model": NAMES[asked], "new": 1}
+    assert got.status == 200 and fake.bodies()[-1] == {**BOTH, "model": model, "new": 1}
     got = ask(server, "POST", "/v1/messages", {**ASKED, "model": asked})
-    assert fake.bodies()[-1]["model"] == NAMES[asked] and got.json["model"] == asked, "a client reads the name that it asked for"
+    assert fake.bodies()[-1]["model"] == model and got.json["model"] == asked, "a client reads the name that it asked for"
 
 
 def test_aliases_are_a_setting(config):
@@ -3981,8 +3773,6 @@ def test_aliases_are_a_setting(config):
         assert load(path).model_aliases == Settings.load({"MODEL_ALIASES": text}).model_aliases == aliases
     assert "MODEL_ALIASES=a=b,a=c,d=e\n" in run("--config-file", path, "--check").stdout
     assert "MODEL_ALIASES=c-*=d,e=f" in run("--check", MODEL_ALIASES="c-*=d,e=f").stdout
-    with pytest.raises(ConfigError, match="MODEL_ALIASES: 'a' is not NAME=VALUE"):
-        Settings.load({"MODEL_ALIASES": "a"})
     for wrong in ([], [""], ["x", 1], 7, {"x": "y"}, None):
         with pytest.raises(ConfigError, match="model_aliases: 'a' must be a model or a list of models"):
             load(config({"model_aliases": {"a": wrong}}))
@@ -4425,14 +4215,6 @@ def test_what_one_cannot_do_costs_it_no_turn(pool):
     assert len(a.bodies()) >= 5, "the plain chats are shared"
 
 
-def test_the_soonest_is_of_those_that_rest(pool):
-    a, b = FakeAkash(), FakeOpenAI()
-    server = pool(a, b)
-    b.faults.append(b.status(429, extra=b"Retry-After: 3600\r\n"))
-    got = chat(server, BOTH, **WITH_A_TOOL)
-    assert got.status == 429 and int(got.headers["retry-after"]) > 3000
-
-
 def test_the_next_one_is_waited_for_after_a_silent_one(a, b, pool):
     server = pool((a, {"weight": 1000, "first_byte_timeout": 0.1}), b.sends(b"\0"), max_wait=5)
     a.faults += [a.status(500), a.stall()]
@@ -4516,16 +4298,6 @@ def test_a_status_of_an_upstream_costs_the_client_no_connection(fake, pool):
         assert first and ask_again(link, "POST", "/v1/chat/completions", BOTH).status == 200 and link.sock is first
 
 
-def test_calls_of_tools_that_all_have_index_0():
-    def call(**more):
-        return FakeOpenAI.event({"tool_calls": [{"index": 0, **more}]})
-
-    decoder = akashproxy.ChatDecoder()
-    events = decoder.feed(call(id="a", function={"name": "f", "arguments": '{"a":1}'}) + call(id="b", function={"name": "g", "arguments": {"b": 2}})
-                          + call(function={"arguments": "x"}) + FakeOpenAI.event({}, "tool_calls") + b"data: [DONE]\n\n")
-    assert fold(events).tools == [ToolCall(0, '{"a":1}', "a", "f"), ToolCall(1, '{"b":2}', "b", "g")]
-
-
 def test_a_client_that_leaves_while_all_rest(a, b, pool):
     server = pool(a, b, max_wait=60)
     for fake in (a, b):
@@ -4587,7 +4359,7 @@ def wrong(status, words):
     return "request", status, None, None, words
 
 
-MEANINGS = {
+@table({
     # name: (status, body, headers) -> (kind, status, code, retry_after, words, scope)
     # -- our key is bad, or its quota is spent
     "OpenAI's wrong key": ((401, err(INCORRECT, type="invalid_request_error", code="invalid_api_key")), key_refused("up: the upstream refuses this server's key (401): Incorrect API key")),
@@ -4716,10 +4488,7 @@ MEANINGS = {
     "200, overloaded": ((200, anthropic("overloaded_error", "Overloaded")), failed(503, "Overloaded")),
     "200, in LiteLLM's words": ((200, err("litellm.ServiceUnavailableError: VertexException - The service is down", code=None)), failed(503, "up: The service is down")),
     "200, of no known kind": ((200, err("boom", type="odd")), failed(502, "boom")),
-}
-
-
-@table(MEANINGS)
+})
 def test_what_the_errors_of_upstreams_mean(case):
     (status, body, *headers), (kind, seen, code, wait, words, *scope) = case
     error = akashproxy.error_from_body("up", status, body, ["sk-secret-key"], *headers, models=["both"])
@@ -4746,14 +4515,11 @@ def test_what_the_errors_of_upstreams_mean(case):
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
 def test_a_refused_request_stops_nobody_else(case, path, pool):
     (status, body, *extra), statuses = case
-    fakes = [FakeOpenAI(), FakeOpenAI()]
+    answer = reply(status, body, "text/html" if isinstance(body, bytes) else "application/json", *extra)
+    fakes = [FakeOpenAI().sends(answer) for _ in range(2)]
     server = pool(*fakes)
-    for fake in fakes:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        kind = "text/html" if isinstance(body, bytes) else "application/json"
-        fake.sends(reply(status, data, kind, *[b"" for _ in ()], **({"extra": extra[0]} if extra else {})))
-    got = ask(server, "POST", path, {**ASKED, "model": "typo"} if "messages" in path else {**BOTH, "model": "typo"})
-    assert got.status in statuses and got.headers["x-should-retry"] == "false" if got.status != 404 else True
+    got = ask(server, "POST", path, {**WANTS[path], "model": "typo"})
+    assert got.status in statuses and (got.status == 404 or got.headers["x-should-retry"] == "false")
     assert route_of(got) == f"a={status}, b={status}" and [len(fake.bodies()) for fake in fakes] == [1, 1]
     words = akashproxy.error_words(akashproxy.error_fields(body)) if isinstance(body, dict) else "Attention Required"
     assert words in got.json["error"]["message"]
@@ -4851,10 +4617,9 @@ AKASH_SAYS = {
 }
 
 
-@pytest.mark.parametrize("text", AKASH_SAYS)
+@pytest.mark.parametrize("text, status, code, words, wait", [(text, *row) for text, row in AKASH_SAYS.items()])
 @pytest.mark.parametrize("form", ["part", "event", "json"])
-def test_what_is_behind_akash_is_heard(text, form, akash, serve):
-    status, code, words, wait = AKASH_SAYS[text]
+def test_what_is_behind_akash_is_heard(text, status, code, words, wait, form, akash, serve):
     encoded = json.dumps(text).encode()
     akash.sends({
         "part": STREAM_HEAD + chunks(b"3:" + encoded + b"\n"),
@@ -4925,16 +4690,14 @@ def test_no_error_shows_a_secret(place, form):
 @pytest.mark.parametrize("kind", ["openai", "akash"])
 def test_no_answer_log_or_status_shows_a_secret(place, kind, pool, caplog):
     caplog.set_level("DEBUG")
-    fake = FakeOpenAI() if kind == "openai" else FakeAkash()
+    fake, cookies = (FakeOpenAI(), []) if kind == "openai" else (FakeAkash(), ["cKw5Jx3PzQ88LmN1", "sess10nVq83kLpZ0"])
     if kind == "akash":
         fake.session = reply(body=b'{"success":true}', extra=b"set-cookie: session_token=sess10nVq83kLpZ0; Max-Age=600\r\n")
     more = {"api_key": KEY, "headers": {"X-Key": HEADER}, **({} if kind == "openai" else {"models": ["both"]})}
     server = pool((fake, more), akash_cookie=COOKIE, log_level="debug")
-    link = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)      # it connects again where it has to
-    secrets = [KEY, HEADER] if kind == "openai" else [KEY, HEADER, "cKw5Jx3PzQ88LmN1", "sess10nVq83kLpZ0"]
-    for secret in secrets:
-        body = PLACES[place](SECRETS["whole"].format(secret))
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    hidden = KEY, HEADER[len("Bearer "):], json.dumps(HEADER)[15:-1], "cKw5Jx3PzQ88LmN1", "sess10nVq83kLpZ0"
+    for secret in (KEY, HEADER, *cookies):
+        body = json.dumps(PLACES[place](SECRETS["whole"].format(secret))).encode()
         page = json.dumps(json.dumps(json.loads(body))).encode()
         faults = [reply(status, body) for status in (200, 400, 401, 404, 418, 429, 500)]
         if kind == "openai" and place not in ("detail", "another object"):      # in a stream those are no errors
@@ -4944,17 +4707,14 @@ def test_no_answer_log_or_status_shows_a_secret(place, kind, pool, caplog):
         elif kind == "akash":
             faults += [STREAM_HEAD + chunks(b"3:" + page + b"\n"), STREAM_HEAD + chunks(b'0:"a"\n3:' + page + b"\n"),
                        STREAM_HEAD + chunks(b'data: {"type":"error","errorText":' + page + b"}\n\n")]
-        for fault in faults:
-            for path, asked in (("/v1/chat/completions", BOTH), ("/v1/messages", ASKED)):
-                for streamed in (False, True):
-                    fake.faults.extend([fake.raw(fault) if kind == "openai" else fake.raw(fault)] * 2)
-                    end_cooldowns(server)
-                    got = ask_again(link, "POST", path, {**asked, "stream": streamed})
-                    fake.faults.clear()
-                    known = (KEY, HEADER[len("Bearer "):], "cKw5Jx3PzQ88LmN1", "sess10nVq83kLpZ0")
-                    assert not leaks(got.body, *known, json.dumps(HEADER)[15:-1]) and not leaks(str(got.headers), *known), (fault, got.body)
-    link.close()
-    assert not leaks(ask(server, path="/status").body, *known, json.dumps(HEADER)[15:-1]) and not leaks(caplog.text, *known)
+        with link_to(server) as link:
+            for fault, path, streamed in itertools.product(faults, ("/v1/chat/completions", "/v1/messages"), (False, True)):
+                fake.sends(fault, fault)
+                end_cooldowns(server)
+                got = ask_again(link, "POST", path, {**WANTS[path], "stream": streamed})
+                fake.faults.clear()
+                assert not leaks(got.body, *hidden) and not leaks(str(got.headers), *hidden), (fault, got.body)
+    assert not leaks(ask(server, path="/status").body, *hidden) and not leaks(caplog.text, *hidden)
 
 
 def test_a_head_that_is_no_http_shows_no_secret_in_the_log(fake, pool, caplog):
@@ -5140,10 +4900,12 @@ def answered(*deltas, finish="stop", usage=None):
     return lambda sock, request: sock.sendall(FakeOpenAI.head() + chunks(*frames)) or True
 
 
+ALL_KINDS = answered({"reasoning_content": "hm"}, {"content": "Hi"}, {"content": " you"}, calls((0, "call_1", "f", "")),
+                     calls((0, None, None, '{"a":1}')), finish="tool_calls", usage={"prompt_tokens": 11, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 4}})
+
+
 def test_the_events_of_a_message(fake, pool):
-    fake.faults.append(answered({"reasoning_content": "hm"}, {"content": "Hi"}, {"content": " you"}, *(
-        {"tool_calls": calls} for calls in fragments([{"index": 0, "function": {"arguments": '{"a":1}'}}])), finish="tool_calls",
-        usage={"prompt_tokens": 11, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 4}}))
+    fake.faults.append(ALL_KINDS)
     events = named_events(ask(pool(fake), "POST", "/v1/messages", {**ASKED, "stream": True, "thinking": {"type": "adaptive"}}).body)
     first = events[0]["message"]
     assert first.pop("id").startswith("msg_") and first.pop("usage") == {"input_tokens": 5, "output_tokens": 0}
@@ -5238,18 +5000,14 @@ def test_a_client_that_leaves_before_a_count_of_tokens_is_no_bug(a, pool, caplog
 
 
 def test_models_in_anthropics_shape(akash, serve):
-    server = serve(model_aliases={"claude-*": "Qwen/Qwen3"})
+    server, nothing = serve(model_aliases={"claude-*": "Qwen/Qwen3"}), serve(keys=keys("a", models=("none*",)))
     version = {"anthropic-version": "2023-06-01"}
     models = ask(server, path="/v1/models", headers=version).json
     assert (models["first_id"], models["last_id"], models["has_more"]) == ("Meta-Llama-3-3-70B-Instruct", "AkashGen", False)
     assert models["data"][1] == {"type": "model", "id": "Qwen/Qwen3", "display_name": "Qwen/Qwen3", "created_at": "2021-07-20T10:40:00Z", "lifecycle": "active"}
     assert ask(server, path="/v1/models/claude-x", headers=version).json["id"] == "claude-x"
     assert ask(server, path="/v1/models/Qwen--Qwen3").json["object"] == "model"
-
-
-def test_no_models_in_anthropics_shape(pool):
-    server = pool(FakeOpenAI(), keys=(akashproxy.ClientKeySettings(name="a", key="k", models=("none*",)),))
-    models = ask(server, path="/v1/models", headers={"anthropic-version": "2023-06-01", "x-api-key": "k"})
+    models = ask(nothing, path="/v1/models", headers={**version, "x-api-key": "a-key"})
     assert models.status == 200 and models.json == {"data": [], "has_more": False, "first_id": None, "last_id": None}
 
 
@@ -5340,9 +5098,7 @@ def test_what_a_response_can_not_be_is_named(fields, words, a, b, pool):
 
 
 def test_the_events_of_a_response(fake, pool):
-    fake.faults.append(answered({"reasoning_content": "hm"}, {"content": "Hi"}, {"content": " you"}, *(
-        {"tool_calls": calls} for calls in fragments([{"index": 0, "function": {"arguments": '{"a":1}'}}])), finish="tool_calls",
-        usage={"prompt_tokens": 11, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 4}}))
+    fake.faults.append(ALL_KINDS)
     body = ask(pool(fake), "POST", "/v1/responses", {**WANTED, "stream": True, "include": ["reasoning.encrypted_content"]}).body
     events = named_events(body)
     assert [event.pop("sequence_number") for event in events] == list(range(len(events)))
@@ -5370,11 +5126,9 @@ def test_the_events_of_a_response(fake, pool):
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
 def test_blocks_never_interleave_though_calls_do(path, fake, pool):
-    def calls(index, arguments, id=None, name=None):
-        return {"tool_calls": [{"index": index, "function": {"arguments": arguments, **({"name": name} if name else {})}, **({"id": id} if id else {})}]}
-
-    fake.faults.append(answered(calls(0, "[0]", "z", "e"), calls(1, "", "a", "f"), calls(0, " "), calls(1, '{"x"'), calls(2, "", "b", "g"), calls(1, ":1}"), calls(2, '{"y":'),
-                                {"content": "so"}, calls(3, "", None, "h"), calls(2, "2}"), calls(1, " "), finish="tool_calls"))
+    parts = [(0, "z", "e", "[0]"), (1, "a", "f", ""), (0, None, None, " "), (1, None, None, '{"x"'), (2, "b", "g", ""), (1, None, None, ":1}"),
+             (2, None, None, '{"y":'), None, (3, None, "h", ""), (2, None, None, "2}"), (1, None, None, " ")]
+    fake.faults.append(answered(*(calls(part) if part else {"content": "so"} for part in parts), finish="tool_calls"))
     body = {**WANTS[path], "stream": True}
     events = named_events(ask(pool(fake), "POST", path, body).body)
     added = [event for event in events if event["type"] in ("content_block_start", "response.output_item.added")]
@@ -5420,7 +5174,7 @@ def test_pings_and_failures_before_the_first_event():
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
 def test_a_call_that_waits_is_not_lost_when_the_stream_breaks_off(path, fake, pool):
-    frames = [fake.event({"tool_calls": [{"index": at, "id": f"c{at}", "function": {"name": "f", "arguments": '{"a":'}}]}) for at in (0, 1)]
+    frames = [fake.event(calls((at, f"c{at}", "f", '{"a":'))) for at in (0, 1)]
     fake.sends(fake.head() + b"".join(map(chunk, frames)))
     body = ask(pool(fake), "POST", path, {**WANTS[path], "stream": True}).body
     assert b'"c0"' in body and b'"c1"' in body and b"broke off" in body
@@ -5481,6 +5235,27 @@ def result(content="1", id="t1", **fields):
     return {"type": "tool_result", "tool_use_id": id, "content": content, **fields}
 
 
+def items_of(got):
+    """The blocks of a message, or the output of a response, which may be streamed."""
+    events = named_events(got.body) if got.json is None else []
+    done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    assert not done or done == events[-1]["response"]["output"]
+    return [event["content_block"] for event in events if "content_block" in event] or done or got.json.get("content") or got.json["output"]
+
+
+def with_results(path, items):
+    """What a client sends to go on: what it was answered, and the results of the calls in it."""
+    if path == "/v1/messages":
+        return {"messages": [assistant(items), user([result("1", item["id"]) for item in items if item["type"] == "tool_use"])]}
+    return {"input": [*items, *({**OUTPUT_ITEM, "call_id": item["call_id"]} for item in items if item["type"] == "function_call")]}
+
+
+def becomes_a_chat(server, fake, path, body, messages):
+    got = ask(server, "POST", path, body)
+    assert got.status == 200, got.body
+    assert fake.bodies()[0]["messages"] == messages
+
+
 @table({
     # name: (messages, messages of the chat)
     "a system message in the middle": ([user("x"), system("B"), user("y")], [system("B"), user("x"), user("y")]),
@@ -5526,9 +5301,7 @@ def result(content="1", id="t1", **fields):
     "results of a search": ([user([{"type": "search_result", "source": "http://s", "title": "T", "content": [text_part("found")]}])], [user("T\n\nhttp://s\n\nfound")]),
 })
 def test_a_history_of_messages_as_a_chat(messages, chat, fake, pool):
-    got = ask(pool(fake), "POST", "/v1/messages", {**ASKED, "messages": messages})
-    assert got.status == 200, got.body
-    assert fake.bodies()[0]["messages"] == chat
+    becomes_a_chat(pool(fake), fake, "/v1/messages", {**ASKED, "messages": messages}, chat)
 
 
 def reasoned(*texts, **fields):
@@ -5584,9 +5357,7 @@ DEVELOPER, SAYS = developer("B"), assistant("doing")
                             [user([{"type": "image_url", "image_url": {"url": "data:x", "detail": "high"}}])]),
 })
 def test_a_history_of_responses_as_a_chat(items, chat, fake, pool):
-    got = ask(pool(fake), "POST", "/v1/responses", {**WANTED, "input": items})
-    assert got.status == 200, got.body
-    assert fake.bodies()[0]["messages"] == chat
+    becomes_a_chat(pool(fake), fake, "/v1/responses", {**WANTED, "input": items}, chat)
 
 
 def reminder(text):
@@ -5601,30 +5372,22 @@ def reminder(text):
     "beside a picture": ([user([{"type": "image", "source": PNG_SOURCE}]), system("B")], [user([picture("data:image/png;base64,iVBO"), text_part(reminder("B"))])]),
 })
 def test_later_system_messages_as_text_of_the_user(messages, chat, fake, pool):
-    assert ask(pool((fake, {"system_messages": "user"})), "POST", "/v1/messages", {**ASKED, "messages": messages}).status == 200
-    assert fake.bodies()[0]["messages"] == chat
+    becomes_a_chat(pool((fake, {"system_messages": "user"})), fake, "/v1/messages", {**ASKED, "messages": messages}, chat)
 
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
 @pytest.mark.parametrize("extra", [{"extra_content": {"google": {"thought_signature": "S/+=\u2028" * 99}}}, {"provider_specific_fields": {"thought_signature": "S"}},
                                    {"thought_signature": "S", "n": 1}], ids=["Gemini", "LiteLLM", "others"])
 def test_what_a_model_wants_back_with_a_call_comes_back(extra, path, streamed, fake, pool):
-    server = pool(fake)
-    fake.faults.append(answered({"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "f", "arguments": '{"a":'}, **extra, "empty": None}]},
-                                {"tool_calls": [{"index": 0, "function": {"arguments": "1}"}}]},
-                                {"tool_calls": [{"index": 1, "id": "c2", "function": {"name": "f", "arguments": "{}"}}]}, finish="tool_calls"))
+    server, first = pool(fake), calls((0, "c1", "f", '{"a":'))
+    first["tool_calls"][0].update({**extra, "empty": None})
+    fake.faults.append(answered(first, calls((0, None, None, "1}")), calls((1, "c2", "f", "{}")), finish="tool_calls"))
+    items = items_of(ask(server, "POST", path, {**WANTS[path], "stream": streamed}))
+    ids = [item.get("call_id", item["id"]) for item in items]
+    assert re.fullmatch("[A-Za-z0-9_-]+", ids[0]) and ids[1] == "c2"
     if path == "/v1/messages":
-        got = ask(server, "POST", path, {**ASKED, "stream": streamed})
-        blocks = [event["content_block"] for event in named_events(got.body) if "content_block" in event] if streamed else got.json["content"]
-        assert re.fullmatch("[A-Za-z0-9_-]+", blocks[0]["id"]) and blocks[1]["id"] == "c2"
-        history = {**ASKED, "messages": [assistant([{**blocks[0], "input": {"a": 1}}, blocks[1]]), user([result("1", block["id"]) for block in blocks])]}
-    else:
-        got = ask(server, "POST", path, {**WANTED, "stream": streamed})
-        output = named_events(got.body)[-1]["response"]["output"] if streamed else got.json["output"]
-        if streamed:
-            assert output == [event["item"] for event in named_events(got.body) if event["type"] == "response.output_item.done"]
-        history = {**WANTED, "input": [*output, *({**OUTPUT_ITEM, "call_id": item["call_id"]} for item in output)]}
-    assert ask(server, "POST", path, history).status == 200
+        items[0]["input"] = {"a": 1}        # in a stream its events tell it
+    assert ask(server, "POST", path, {**WANTS[path], **with_results(path, items)}).status == 200
     sent = called(("c1", "f", '{"a":1}'), ("c2", "f", "{}"))
     sent["tool_calls"][0].update(extra)
     assert fake.bodies()[-1]["messages"] == [sent, R1, returned("c2", "1")]
@@ -5634,39 +5397,25 @@ def test_what_a_model_wants_back_with_a_call_comes_back(extra, path, streamed, f
                                         ("/v1/responses", {**WANTED, "include": ["reasoning.encrypted_content", "message.output_text.logprobs"]}), ("/v1/responses", WANTED)])
 def test_clients_that_return_only_signed_reasoning_return_ours(path, more, streamed, fake, pool):
     server = pool(fake)
-    fake.faults.append(answered({"reasoning_content": "h"}, {"reasoning_content": "m"}, {"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "f", "arguments": "{}"}}]}, finish="tool_calls"))
+    fake.faults.append(answered({"reasoning_content": "h"}, {"reasoning_content": "m"}, calls((0, "c1", "f", "{}")), finish="tool_calls"))
     got = ask(server, "POST", path, {**more, "stream": streamed})
-    events = named_events(got.body) if streamed else []
-    if path == "/v1/messages":
-        signature = "".join(event["delta"].get("signature", "") for event in events if event["type"] == "content_block_delta")
-        block = {"type": "thinking", "thinking": "hm", "signature": signature} if streamed else got.json["content"][0]
-        assert block["signature"] == akashproxy.UNSIGNED
-        ask(server, "POST", path, {**more, "messages": [assistant([block, {**USES["content"][0], "id": "c1"}]), user([result("1", "c1")])]})
-    else:
-        output = events[-1]["response"]["output"] if streamed else got.json["output"]
-        assert output[0].get("encrypted_content") == (akashproxy.UNSIGNED if "include" in more else None)
-        ask(server, "POST", path, {**more, "input": [*output, {**OUTPUT_ITEM, "call_id": "c1"}]})
+    thought, *others = items_of(got)
+    if path == "/v1/messages" and streamed:
+        signature = "".join(event["delta"].get("signature", "") for event in named_events(got.body) if event["type"] == "content_block_delta")
+        thought = {"type": "thinking", "thinking": "hm", "signature": signature}
+    assert thought.get("signature", thought.get("encrypted_content")) == (None if more is WANTED else akashproxy.UNSIGNED)
+    ask(server, "POST", path, {**more, **with_results(path, [thought, *others])})
     assert got.headers.get("x-akashproxy-ignored") == ("include.message.output_text.logprobs" if "include" in more else None)
     assert fake.bodies()[-1]["messages"][0]["reasoning_content"] == "hm"
 
 
 def returned_calls(server, path, body, streamed):
     """What an upstream gets back when a client returns an answer's tool calls, and nothing else of it, with their results."""
-    got = ask(server, "POST", path, {**body, "stream": streamed})
-    if path == "/v1/messages":
-        blocks = [event["content_block"] for event in named_events(got.body) if "content_block" in event] if streamed else got.json["content"]
-        calls = [block for block in blocks if block["type"] == "tool_use"]
-        history = {"messages": [assistant(calls), user([result("1", call["id"]) for call in calls])]}
-    else:
-        output = (named_events(got.body)[-1]["response"] if streamed else got.json)["output"]
-        calls = [item for item in output if item["type"] == "function_call"]
-        assert all(re.fullmatch("[A-Za-z0-9_-]{1,40}(__extra_[A-Za-z0-9_-]+)?", call["call_id"]) for call in calls), "others would reject it"
-        history = {"input": [*calls, *({**OUTPUT_ITEM, "call_id": call["call_id"]} for call in calls)]}
-    assert ask(server, "POST", path, {**body, **history}).status == 200
-
-
-def calling(*names, index=0):
-    return {"tool_calls": [{"index": index + at, "id": name, "function": {"name": "f", "arguments": "{}"}} for at, name in enumerate(names)]}
+    items = items_of(ask(server, "POST", path, {**body, "stream": streamed}))
+    only = [item for item in items if item["type"] in ("tool_use", "function_call")]
+    ids = [item.get("call_id", item["id"]) for item in only]
+    assert path == "/v1/messages" or all(re.fullmatch("[A-Za-z0-9_-]{1,40}(__extra_[A-Za-z0-9_-]+)?", id) for id in ids), "others would reject it"
+    assert ask(server, "POST", path, {**body, **with_results(path, only)}).status == 200
 
 
 SIGNED = {"type": "reasoning.text", "text": "why", "signature": "S", "format": "anthropic-claude-v1", "index": 0}
@@ -5684,8 +5433,8 @@ SEALED = {"type": "reasoning.encrypted", "data": "E", "id": "tool_1", "format": 
 })
 @pytest.mark.parametrize("path, body", [("/v1/messages", ASKED), ("/v1/responses", WANTED)], ids=["messages", "responses"])
 def test_reasoning_details_come_back_with_the_calls(details, expected, path, body, streamed, fake, pool):
-    deltas = [calling("c1") if each is None else {"reasoning_details": each} for each in (details if None in details else [*details, None])]
-    fake.faults.append(answered(*deltas, calling("c2", index=1), finish="tool_calls"))
+    deltas = [calls((0, "c1", "f", "{}")) if each is None else {"reasoning_details": each} for each in (details if None in details else [*details, None])]
+    fake.faults.append(answered(*deltas, calls((1, "c2", "f", "{}")), finish="tool_calls"))
     returned_calls(pool(fake), path, body, streamed)
     message = fake.bodies()[-1]["messages"][0]
     assert [call["id"] for call in message["tool_calls"]] == ["c1", "c2"] and not any("reasoning_details" in call for call in message["tool_calls"])
@@ -5696,7 +5445,7 @@ def test_reasoning_details_come_back_with_the_calls(details, expected, path, bod
 @pytest.mark.parametrize("reasoning, expected", [(["h", "m"], "hm"), (["\u4e2d" * 900] * 3, "\u4e2d" * 1000), ([], None)], ids=["short", "long", "none"])
 @pytest.mark.parametrize("path, body", [("/v1/messages", ASKED), ("/v1/responses", WANTED)], ids=["messages", "responses"])
 def test_reasoning_that_clients_can_not_return_comes_back_with_the_calls(path, body, reasoning, expected, streamed, fake, pool):
-    fake.faults.append(answered(*({"reasoning_content": text} for text in reasoning), calling("c1", "c2"), finish="tool_calls"))
+    fake.faults.append(answered(*({"reasoning_content": text} for text in reasoning), calls((0, "c1", "f", "{}"), (1, "c2", "f", "{}")), finish="tool_calls"))
     returned_calls(pool(fake), path, body, streamed)
     message = fake.bodies()[-1]["messages"][0]
     assert message["tool_calls"] == C1_C2["tool_calls"]
@@ -5706,7 +5455,7 @@ def test_reasoning_that_clients_can_not_return_comes_back_with_the_calls(path, b
 @pytest.mark.parametrize("path, body", [("/v1/messages", ASKED), ("/v1/responses", WANTED)], ids=["messages", "responses"])
 @pytest.mark.parametrize("id, is_kept", [("functions.f:0", True), ("a b", True), ("é", True), ("a" * 40, True), ("a" * 41, False), ("a.b" * 40, False)])
 def test_ids_that_other_upstreams_would_reject_are_not_shown(id, is_kept, path, body, streamed, fake, pool):
-    fake.faults.append(answered(calling(id), finish="tool_calls"))
+    fake.faults.append(answered(calls((0, id, "f", "{}")), finish="tool_calls"))
     server = pool(fake)
     returned_calls(server, path, body, streamed)
     call, result = fake.bodies()[-1]["messages"][:2]
@@ -5781,14 +5530,11 @@ def test_names_of_tools_are_sent_as_upstreams_take_them(name, space, pattern, st
     used = sent["tools"][0]["function"]["name"]
     assert re.fullmatch(pattern, used) and len(sent["tools"]) == 1 and sent["tools"][0]["function"]["parameters"] == {"type": "object", "properties": {}, "required": []}
     assert sent["messages"][0]["tool_calls"][0]["function"]["name"] == used == sent["tool_choice"]["function"]["name"]
-    fake.faults.append(answered({"tool_calls": [{"index": 0, "id": "c1", "function": {"name": used, "arguments": "{}"}}]}, finish="tool_calls"))
-    got = ask(server, "POST", "/v1/responses", {**body, "stream": streamed})
-    item = (named_events(got.body)[-1]["response"] if streamed else got.json)["output"][0]
+    fake.faults.extend([answered(calls((0, "c1", used, "{}")), finish="tool_calls")] * 2)
+    item, = items_of(ask(server, "POST", "/v1/responses", {**body, "stream": streamed}))
     assert (item["name"], item.get("namespace")) == (name, space)
     if not space:
-        fake.faults.append(answered({"tool_calls": [{"index": 0, "id": "c1", "function": {"name": used, "arguments": "{}"}}]}, finish="tool_calls"))
-        got = ask(server, "POST", "/v1/messages", {**ASKED, "stream": streamed, "tools": [{"name": name}], "messages": [user("x")]})
-        block = [event["content_block"] for event in named_events(got.body) if "content_block" in event][0] if streamed else got.json["content"][0]
+        block, = items_of(ask(server, "POST", "/v1/messages", {**ASKED, "stream": streamed, "tools": [{"name": name}], "messages": [user("x")]}))
         assert block["name"] == name and fake.bodies()[-1]["tools"][0]["function"]["name"] == used
 
 
@@ -5818,7 +5564,7 @@ def test_equal_names_in_namespaces_stay_apart(fake, pool):
     assert ask(server, "POST", "/v1/responses", {**WANTED, "tools": tools}).status == 200
     names = [one["function"]["name"] for one in fake.bodies()[0]["tools"]]
     assert names[:2] == ["f", "a__f"] and names[3] == "b__f" and len(set(names)) == 4
-    fake.faults.append(answered(*({"tool_calls": [{"index": at, "id": f"c{at}", "function": {"name": one, "arguments": "{}"}}]} for at, one in enumerate(names)), finish="tool_calls"))
+    fake.faults.append(answered(*(calls((at, f"c{at}", one, "{}")) for at, one in enumerate(names)), finish="tool_calls"))
     output = ask(server, "POST", "/v1/responses", {**WANTED, "tools": tools}).json["output"]
     assert [(item["name"], item.get("namespace")) for item in output] == [("f", None), ("a__f", None), ("f", "a"), ("f", "b")]
 
@@ -5926,14 +5672,14 @@ ENDINGS = {
     "content_filter": ("refusal", "refusal", "incomplete", "content_filter"),
     "tool_calls": ("end_turn", "tool_use", "completed", None),
     "function_call": ("end_turn", "tool_use", "completed", None),
+    "tool_use": ("end_turn", "tool_use", "completed", None),
 }
 
 
-@pytest.mark.parametrize("reason", ENDINGS)
-def test_why_an_answer_ended_in_each_dialect(reason, streamed, fake, pool):
-    plain, with_call, status, detail = ENDINGS[reason]
+@pytest.mark.parametrize("reason, plain, with_call, status, detail", [(reason, *row) for reason, row in ENDINGS.items()])
+def test_why_an_answer_ended_in_each_dialect(reason, plain, with_call, status, detail, streamed, fake, pool):
     server = pool(fake)
-    fake.faults += [answered(delta, finish=reason) for delta in ({"content": "x"}, {"tool_calls": [{"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}]}, {"content": "x"})]
+    fake.faults += [answered(delta, finish=reason) for delta in ({"content": "x"}, calls((0, "c", "f", "{}")), {"content": "x"})]
     for expected in (plain, with_call):
         got = ask(server, "POST", "/v1/messages", {**ASKED, "stream": streamed})
         assert (named_events(got.body)[-2]["delta"] if streamed else got.json)["stop_reason"] == expected
@@ -6059,12 +5805,11 @@ def tool_answer(pieces, stream=True):
     return answer.text, [(call.name, json.loads(call.arguments)) for call in answer.tools]
 
 
-@pytest.mark.parametrize("name", TOOL_ANSWERS)
-def test_calls_in_text_are_found_however_they_are_cut(name):
-    answer, *right = TOOL_ANSWERS[name]
+@table(TOOL_ANSWERS)
+def test_calls_in_text_are_found_however_they_are_cut(answer, text, calls):
     places = range(1, len(answer), 1 + len(answer) // 12)    # character by character, it is cut everywhere
     cuts = [[answer], list(answer), *([answer[:at], answer[at:]] for at in places)]
-    assert all(list(tool_answer(pieces)) == right for pieces in cuts) and list(tool_answer([answer], stream=False)) == right
+    assert {str(tool_answer(pieces)) for pieces in cuts} == {str(tool_answer([answer], stream=False))} == {str((text, calls))}
 
 
 def test_long_arguments_are_sent_as_they_arrive():
@@ -6164,15 +5909,6 @@ def test_images_of_a_result_are_kept():
     call = Call({"model": "m", "messages": [user("x"), returned("c1", [text_part("100%s"), image])], "tools": FUNCTIONS})
     result = akashproxy.PromptedTools(call, "m", akashproxy.TOOLS_PROMPT, "fake").body()["messages"][-1]
     assert result == user([text_part("<tool_response>\n100%s\n</tool_response>"), image])
-
-
-def test_without_a_choice_nothing_is_added_to_the_prompt():
-    tools = prompted(tool_choice="none")
-    assert tools.body()["messages"] == [user("x")] and not tools.functions
-    tools = prompted(tool_choice={"type": "function", "function": {"name": "now"}})
-    assert list(tools.functions) == ["now"] and tools.required
-    with pytest.raises(APIError, match="tool_choice"):
-        prompted(tool_choice={"type": "function", "function": {"name": "rm"}})
 
 
 def akash_text(text):
@@ -6307,6 +6043,8 @@ DIALECTS = {
     "responses": ("/v1/responses", {"input": "hi"}, read_responses, named_events, ()),
 }
 ONE = FakeOpenAI.event({"content": "one "})
+BREAKS = "one\u2028data: [DONE]\u2028\u2028two\u2029three\x85\u4e2d four\x0b."
+RAW_BREAKS = json.dumps(BREAKS, ensure_ascii=False).encode()
 MATRIX = {
     # name: (what Akash does, what an OpenAI does, the events, words of the error)
     "text": (lambda fake: fake.cut(HELLO, True), lambda fake: answered({"content": "Hello"}, {"content": " from the mock."}),
@@ -6316,9 +6054,8 @@ MATRIX = {
     "a thought in tags": (lambda fake: fake.cut(b'0:"<think>\\nhm\\n</think>\\n\\n"\n0:"42"\n' + STOP, True), None, [R("hm"), T("42"), Finish("stop")], None),
     "calls of tools": (lambda fake: fake.cut(b'9:{"toolCallId":"call_1","toolName":"f","args":{"a":1}}\n9:{"toolCallId":"c2","toolName":"g","args":{}}\n'
                                              + END.replace(b"%b", b"tool-calls"), True),
-                       lambda fake: answered(*({"tool_calls": calls} for calls in (
-                           *fragments([{"index": 0, "function": {"arguments": '{"a":1'}}]), [{"index": 1, "id": "c2", "function": {"name": "g", "arguments": "{}"}}],
-                           [{"index": 0, "function": {"arguments": "}"}}])), finish="tool_calls"),
+                       lambda fake: answered(calls((0, "call_1", "f", "")), calls((0, None, None, '{"a":1')), calls((1, "c2", "g", "{}")),
+                                             calls((0, None, None, "}")), finish="tool_calls"),
                        [ToolCall(0, '{"a":1}', "call_1", "f"), ToolCall(1, "{}", "c2", "g"), Finish("tool_calls")], None),
     "a picture": (lambda fake: fake.cut(PICTURE_LINE, True), None, [T("![A red fox in the snow](SITE/images/job_51083a4c_00001_.png)"), Finish("stop")], None),
     "length": (lambda fake: fake.cut(b'0:"one "\n' + END.replace(b"%b", b"length"), True), lambda fake: answered({"content": "one "}, finish="length"),
@@ -6327,6 +6064,23 @@ MATRIX = {
     "an error within": (lambda fake: fake.cut(b'0:"one "\n3:"boom"\n', True), lambda fake: fake.raw(fake.head() + chunk(ONE) + chunk(ERROR_EVENT)),
                         [T("one ")], "boom"),
     "cut": (lambda fake: fake.cut(b'0:"one "\n'), lambda fake: fake.raw(fake.head() + chunk(ONE)), [T("one ")], "broke off"),
+    "cut when a filter holds something back": (lambda fake: fake.cut(b'0:"one </thin"\n'), None, [T("one </thin")], "broke off"),
+    "a message that just ends": (lambda fake: fake.cut(b'0:"one "\n', True), lambda fake: fake.raw(fake.head() + chunks(ONE)),
+                                 [T("one ")], EARLY),
+    "no reason to end": (lambda fake: fake.cut(b'0:"one "\n' + END.replace(b"%b", b"unknown"), True), None, [T("one ")], NO_REASON),
+    "a limit within": (lambda fake: fake.cut(b'0:"one "\n3:"Rate limit exceeded"\n', True), None, [T("one ")], "Rate limit"),
+    "in single bytes": (lambda fake: fake.steps(*re.findall(b"(?s).", STREAM_HEAD + chunks(*HELLO.splitlines(True)))),
+                        lambda fake: fake.steps(*re.findall(b"(?s).", fake.head() + chunks(*fake.words("Hello from the mock.")))),
+                        [T("Hello from the mock."), Finish("stop")], None),
+    "to the end of the connection": (lambda fake: fake.raw(b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\n\r\n" + HELLO),
+                                     lambda fake: fake.raw(b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+                                                           + b"".join(fake.words("Hello from the mock."))),
+                                     [T("Hello from the mock."), Finish("stop")], None),
+    "an answer at once": (None, lambda fake: fake.raw(reply(body=fake.completion()), True), [T("Hi there."), Finish("stop")], None),
+    "line breaks of Unicode": (lambda fake: fake.cut(b"g:" + RAW_BREAKS + b"\n0:" + RAW_BREAKS + b"\n" + STOP, True),
+                               lambda fake: fake.raw(fake.head() + chunks(b'data: {"choices":[{"delta":{"content":%b,' % RAW_BREAKS,
+                                                                          b'"reasoning_content":%b}}]}\n\n' % RAW_BREAKS, fake.event({}, "stop")), True),
+                               [R(BREAKS), T(BREAKS), Finish("stop")], None),
     "echoed": (None, None, [T("hi"), Finish("stop")], None),
 }
 
@@ -6365,9 +6119,10 @@ def test_the_matrix(kind, name, dialect, streamed, pool):
         fake.faults.append(does if streamed < 2 else lambda sock, request: does(Paced(sock, server), request))
     got = ask(server, "POST", path, {**body, "model": "AkashGen" if name == "a picture" else "both", "stream": bool(streamed)})
     if words and (not streamed or not events):
-        assert got.status == 502 and re.search(words, got.json["error"]["message"])
+        assert got.status == (429 if words == "Rate limit" else 502) and re.search(words, got.json["error"]["message"])
         return
     assert got.status == 200, got.body
+    assert not streamed or got.body.decode().splitlines() == got.body.decode().split("\n")[:-1], "a client may take other characters for line breaks"
     result = list(reader(taken_apart(got.body) if streamed else got.json))
     error = next((event for event in result if isinstance(event, str)), None)
     assert error is None if words is None else re.search(words, error)
@@ -6376,15 +6131,6 @@ def test_the_matrix(kind, name, dialect, streamed, pool):
     for side in (answer, wanted):   # they may be counted otherwise, but not stand in another order
         side.tools = [dataclasses.replace(call, index=at) for at, call in enumerate(side.tools)]
     assert answer == wanted
-
-
-@pytest.mark.parametrize("fields, ignored", [
-    ({"tools": [{"type": "function"}], "tool_choice": "required", "n": 2}, "tools, tool_choice, n"), ({"stop": "mock"}, "stop"),
-    ({"max_tokens": 1, "seed": 1}, "max_tokens, seed"), ({"messages": [user("hi")]}, None), ({"tools": None}, None)])
-def test_akash_drops_parameters_before_it_checks_them(akash, serve, fields, ignored):
-    drop = ("tools", "tool_choice", "n", "stop", "max_tokens")
-    got = chat(serve(controllers=(akashproxy.ControllerSettings(type="akash", drop=drop),)), {**CHAT, **fields})
-    assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored and text_of(got) == "Hello from the mock."
 
 
 def test_many_akash_controllers_hold_a_large_request_once():
@@ -6415,34 +6161,21 @@ def test_an_akash_controller_adapts_requests(options, fields, sent, ignored, aka
     assert {name: akash.bodies()[0][name] for name in sent} == sent
 
 
-@pytest.mark.parametrize("form, status", [({"type": "json_object"}, 200), ({"type": "text"}, 200), ({"type": "json_schema"}, 400), ("json", 400)])
-def test_akash_ignores_json_mode_and_says_so(serve, form, status):
-    got = chat(serve(), response_format=form)
-    assert got.status == status and got.headers.get("x-akashproxy-ignored") == ("response_format" if form == {"type": "json_object"} else None)
-
-
-def test_a_failed_image_of_the_2026_version_is_not_repeated(akash, serve):
-    akash.sends(reply(500, b'{"error":"Error generating image","message":"No workers at http://inner:1/x"}'), keep=True)
-    got = chat(serve(), {**CHAT, "model": "AkashGen"})
-    assert (got.status, got.json["error"]["code"], got.headers["x-should-retry"]) == (502, "image_failed", "false") and b"inner" not in got.body
-
-
 def test_any_upstream_can_get_tools_as_text(streamed, serve):
     fake = FakeOpenAI(text=f"<think>\nhm\n</think>I look. <tool_call>\n{KYIV}\n</tool_call>")
     history = [user("hi"), {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "function", "function": {"name": "now", "arguments": "{}"}}]},
                returned("c", "noon"), user("So?")]
-    with contextlib.closing(fake):
-        server = serve(controllers=(akashproxy.ControllerSettings(base_url=fake.url, tools="prompt", paths=("*",)),))
-        got = ask(server, "POST", "/v1/chat/completions", {"model": "gpt-x", "stream": streamed, "messages": history, "tools": [{"type": "retrieval"}, *FUNCTIONS]})
-        answer, sent = fold(read_chat(sse(got.body) if streamed else got.json)), json.loads(fake.requests[-1].body)
-        assert (answer.text, answer.reasoning, answer.finish) == ("I look. ", "hm", Finish("tool_calls"))
-        assert [(call.name, json.loads(call.arguments)) for call in answer.tools] == [IN_KYIV] and got.headers["x-akashproxy-ignored"] == "retrieval"
-        assert "tools" not in sent and [message["role"] for message in sent["messages"]] == ["system", "user", "assistant", "user"]
-        assert sent["messages"][2]["content"] == '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
-        assert sent["messages"][3]["content"] == "<tool_response>\nnoon\n</tool_response>\n\nSo?"
-        plain = {"model": "gpt-x", "stream": streamed, "messages": [user("hi")]}
-        ask(server, "POST", "/v1/chat/completions", plain)
-        assert json.loads(fake.requests[-1].body) == plain, "a chat without tools is relayed unchanged"
+    server = serve(controllers=(akashproxy.ControllerSettings(base_url=fake.url, tools="prompt", paths=("*",)),))
+    got = ask(server, "POST", "/v1/chat/completions", {"model": "gpt-x", "stream": streamed, "messages": history, "tools": [{"type": "retrieval"}, *FUNCTIONS]})
+    answer, sent = fold(read_chat(sse(got.body) if streamed else got.json)), json.loads(fake.requests[-1].body)
+    assert (answer.text, answer.reasoning, answer.finish) == ("I look. ", "hm", Finish("tool_calls"))
+    assert [(call.name, json.loads(call.arguments)) for call in answer.tools] == [IN_KYIV] and got.headers["x-akashproxy-ignored"] == "retrieval"
+    assert "tools" not in sent and [message["role"] for message in sent["messages"]] == ["system", "user", "assistant", "user"]
+    assert sent["messages"][2]["content"] == '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    assert sent["messages"][3]["content"] == "<tool_response>\nnoon\n</tool_response>\n\nSo?"
+    plain = {"model": "gpt-x", "stream": streamed, "messages": [user("hi")]}
+    ask(server, "POST", "/v1/chat/completions", plain)
+    assert json.loads(fake.requests[-1].body) == plain, "a chat without tools is relayed unchanged"
 
 
 def test_tools_as_text_work_for_a_controller_of_ones_own(serve):
@@ -6473,7 +6206,9 @@ def test_a_choice_of_tools_is_put_into_the_prompt(choice):
             prompted(tool_choice=value)
         return
     tools = prompted(tool_choice=value)
-    system = "".join(message["content"] for message in tools.body()["messages"][:-1])
+    *system, message = tools.body()["messages"]
+    assert message == user("x") and (list(tools.functions), tools.required) == CHOICES[choice] and bool(system) == bool(tools.functions)
+    system = "".join(message["content"] for message in system)
     assert (re.findall(r'"function":{"name":"(\w+)"', system), akashproxy.MUST_CALL in system) == CHOICES[choice]
 
 
@@ -6494,8 +6229,6 @@ def test_an_instruction_of_ones_own_replaces_the_built_in_one(akash, serve):
     ask(server, "POST", "/v1/chat/completions", {"model": "Qwen/Qwen3", **TOOL_REQUESTS["/v1/chat/completions"]})
     [sent] = [body for body in akash.bodies() if "messages" in body]
     assert sent["system"].startswith('Tools: {"type":"function"') and "You can call" not in sent["system"]
-    with pytest.raises(ConfigError, match="TOOLS_PROMPT: must contain"):
-        Settings.load({"TOOLS_PROMPT": "Call something."}, {})
 
 
 STRING = {"type": "string"}
@@ -6532,9 +6265,8 @@ def agent_request(path, tools, turns):
     return {"model": "demo", "stream": True, "tools": functions, "tool_choice": {"type": "auto"} if path == "/v1/messages" else "auto", **more}
 
 
-@pytest.mark.parametrize("agent", AGENTS)
-def test_an_agent_finishes_the_demos_task(agent, demo, tmp_path):
-    path, shell, fields, required = AGENTS[agent]
+@table(AGENTS)
+def test_an_agent_finishes_the_demos_task(path, shell, fields, required, demo, tmp_path):
     tools = {name: {"type": "object", "properties": properties, "required": list(properties)} for name, properties in {**OTHERS, shell: fields}.items()}
     tools[shell]["required"], turns, server = required, [], demo
     for step in range(5):
@@ -6629,7 +6361,6 @@ def test_a_socks_proxy_on_the_way(pool, tmp_path, scheme, user, kind):
         assert chat(server, BOTH).status == chat(server, BOTH).status == 200
         host, kind = ("localhost", kind) if not ca_file else ("127.0.0.1", 1)
         assert proxy.requests == [(kind, "127.0.0.1" if kind == 1 else host, fake.port, proxy.login)]
-        proxy.close()
 
 
 def test_a_socks_proxy_that_needs_no_login(fake, pool):
@@ -6646,7 +6377,6 @@ def test_a_socks_proxy_that_refuses(fake, pool, user, login, code, words):
     got = chat(pool(fake, proxy=f"socks5h://{user}127.0.0.1:{proxy.port}"), BOTH)
     assert got.status == 502 and words in got.json["error"]["message"] and "the proxy 127.0.0.1 " in got.json["error"]["message"]
     assert b"s3cret" not in got.body and not fake.requests
-    proxy.close()
 
 
 @pytest.mark.parametrize("environ, url, proxy", [
@@ -6668,14 +6398,6 @@ def test_the_environments_proxies_rule_as_with_curl(environ, url, proxy):
     assert options.proxy == proxy
 
 
-@pytest.mark.parametrize("value", ["https://p:1", "socks4://p", "ftp://p", "http://p:0", "http://p/x", "http://" + "u" * 300 + "@p:1"])
-def test_proxies_of_other_kinds_are_named(value):
-    for name, words in (("HTTPS_PROXY", "PROXY=none ignores it"), ("PROXY", "must be http://")):
-        with pytest.raises(ConfigError) as caught:
-            Settings.load({name: value})
-        assert len(caught.value.problems) == 1 and caught.value.problems[0].startswith(f"{name}: ") and words in caught.value.problems[0]
-
-
 def test_a_controllers_own_proxy_precedes_and_the_settings_say_which_rules(config):
     path = config({"controllers": [{"type": "akash", "proxy": "none"}, {"type": "akash", "proxy": "http://u:s3cret@a:1"}, {"type": "akash"}]})
     done = run("--config-file", path, "--proxy", "socks5://u:s3cret@b:2", "--check")
@@ -6687,7 +6409,23 @@ def test_a_controllers_own_proxy_precedes_and_the_settings_say_which_rules(confi
 
 
 LOOKED_UP = "the name '{}' can't be looked up (check {} and the DNS)"
-UNREACHABLE = {  # (the upstream and the proxy before it, in which {} is a port; what listens there: what a user is told)
+
+
+class Scripted(Fake):
+    """Answers whatever comes with one text after the other, and hangs up."""
+
+    def __init__(self, *answers):
+        self.answers = answers
+        super().__init__()
+
+    def serve(self, sock):
+        with sock:
+            for answer in self.answers:
+                sock.recv(65536)
+                sock.sendall(answer)
+
+
+@table({  # (the upstream and the proxy before it, in which {} is a port; what listens there: what a user is told)
     "a name": ("http://no-such-host.invalid:1", "", None, LOOKED_UP.format("no-such-host.invalid", "the address")),
     "refused": ("http://127.0.0.1:{}", "", None, "127.0.0.1 refused the connection (check that it runs, and the port)"),
     "a certificate": ("https://127.0.0.1:{}", "", "tls", "the certificate of 127.0.0.1 can't be verified: "),
@@ -6701,41 +6439,15 @@ UNREACHABLE = {  # (the upstream and the proxy before it, in which {} is a port;
     "a SOCKS proxy that hangs up": ("https://a.b", "socks5h://127.0.0.1:{}", "cut", "the proxy 127.0.0.1 can't reach it (SOCKS reply 255)"),
     "a certificate behind a proxy": ("https://127.0.0.1:{}", "http://localhost:{}", "tls proxy", "the certificate of 127.0.0.1 can't be verified: "),
     "a certificate behind SOCKS": ("https://127.0.0.1:{}", "socks5h://localhost:{}", "tls socks", "the certificate of 127.0.0.1 can't be verified: "),
-}
-
-
-class Plain(Fake):
-    """Answers whatever comes with a 407."""
-
-    ANSWER = b"HTTP/1.1 407 Say who you are\r\n\r\n"
-
-    def serve(self, sock):
-        with sock:
-            sock.recv(65536)
-            sock.sendall(self.ANSWER)
-
-
-class SSH(Plain):
-    ANSWER = b"SSH-2.0-OpenSSH\r\n"
-
-
-class CutSocks(Fake):
-    """A SOCKS 5 proxy that ends each connection once it is asked for one."""
-
-    def serve(self, sock):
-        with sock:
-            sock.recv(65536)
-            sock.sendall(b"\5\0")
-            sock.recv(65536)
-
-
-@table(UNREACHABLE)
+})
 def test_an_unreachable_upstream_is_explained_with_its_host(url, proxy, kind, words, pool, tmp_path, caplog):
-    makers = {"tls": lambda: TLSOpenAI(tmp_path), "plain": Plain, "socks": SocksServer, "proxy": ForwardProxy, "cut": CutSocks, "ssh": SSH}
+    makers = {"tls": lambda: TLSOpenAI(tmp_path), "socks": SocksServer, "proxy": ForwardProxy,
+              "plain": lambda: Scripted(b"HTTP/1.1 407 Say who you are\r\n\r\n"), "cut": lambda: Scripted(b"\5\0", b""),
+              "ssh": lambda: Scripted(b"SSH-2.0-OpenSSH\r\n")}
     fakes = [makers[name]() for name in (kind or "").split()]
     with socket.create_server(("127.0.0.1", 0)) as closed:
         ports = [fake.port for fake in fakes] or [closed.getsockname()[1]]
-    server = pool((fakes[0] if fakes else Plain(), {"base_url": url.format(*ports) + "/v1", "proxy": proxy.format(ports[-1])}))
+    server = pool((fakes[0] if fakes else Scripted(), {"base_url": url.format(*ports) + "/v1", "proxy": proxy.format(ports[-1])}))
     got = chat(server, BOTH)
     status, = ask(server, path="/status").json["controllers"]
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
@@ -6744,18 +6456,12 @@ def test_an_unreachable_upstream_is_explained_with_its_host(url, proxy, kind, wo
         assert words in text and "Say who" not in text and "Traceback" not in text, text
     assert (got.status, got.json["error"]["code"]) == (502, "upstream_error")
     assert not any(str(port) in got.body.decode() for port in ports)
-    for fake in fakes:
-        fake.close()
 
 
-def test_a_proxy_on_the_way_plain(fake, pool, monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")     # concerns the environment's proxies only
-    proxy = ForwardProxy()
-    assert chat(pool((fake, {"proxy": f"http://us%40er:p%3Aw@127.0.0.1:{proxy.port}", "api_key": "k"})), BOTH).status == 200
-    request = proxy.requests[0]
-    assert (request.method, request.path) == ("POST", f"{fake.url}/v1/chat/completions")
-    assert base64.b64decode(request.headers["proxy-authorization"].split()[1]) == b"us@er:p:w"
-    proxy.close()
+def test_a_refusal_of_tls_is_explained(pool):
+    upstream = Scripted(b"\x15\x03\x03\0\2\2\x28")       # handshake_failure
+    got = chat(pool((upstream, {"base_url": f"https://127.0.0.1:{upstream.port}/v1"})), BOTH)
+    assert got.status == 502 and re.search(r"could not be reached: TLS failed \([a-z0-9 ]*handshake failure\)\.$", got.json["error"]["message"])
 
 
 class TLSOpenAI(FakeOpenAI):
@@ -6791,19 +6497,9 @@ def test_tls_is_verified_and_a_private_authority_can_be_named(pool, tmp_path):
     assert chat(wrong, BOTH).status == 502, "another host's certificate"
 
 
-class TLSAlert(Plain):
-    ANSWER = b"\x15\x03\x03\0\2\2\x28"     # handshake_failure
-
-
-def test_a_refusal_of_tls_is_explained(pool):
-    upstream = TLSAlert()
-    got = chat(pool((upstream, {"base_url": f"https://127.0.0.1:{upstream.port}/v1"})), BOTH)
-    assert got.status == 502 and re.search(r"could not be reached: TLS failed \([a-z0-9 ]*handshake failure\)\.$", got.json["error"]["message"])
-
-
 def test_a_reload_reads_the_certificates_again(pool, tmp_path):
     fake, bundle = TLSOpenAI(tmp_path), tmp_path / "bundle.pem"
-    bundle.write_text(TLS_SERVER)       # not the authority that has signed it
+    bundle.write_text(OTHER_AUTHORITY)
     server = pool(fake, ca_file=str(bundle))
     assert chat(server, BOTH).status == 502
     bundle.write_text(TLS_AUTHORITY)
@@ -6817,15 +6513,19 @@ def test_a_reload_reads_the_certificates_again(pool, tmp_path):
     assert chat(server, BOTH).status == 200, "a file with mistakes changes nothing"
 
 
-def test_a_proxy_on_the_way_with_connect(pool, tmp_path):
-    proxy, fake = ForwardProxy(), TLSOpenAI(tmp_path)
-    server = pool((fake, {"proxy": f"http://u:p@127.0.0.1:{proxy.port}"}), ca_file=fake.ca_file)
-    assert chat(server, BOTH).status == chat(server, BOTH).status == 200
-    assert [(request.method, request.path) for request in proxy.requests] == [("CONNECT", f"127.0.0.1:{fake.port}")]
-    assert proxy.requests[0].headers["proxy-authorization"].startswith("Basic ")
-    assert {request.headers["host"] for request in fake.requests} == {f"127.0.0.1:{fake.port}"}
-    assert not any("proxy-authorization" in request.headers for request in fake.requests)
-    proxy.close()
+def test_a_proxy_on_the_way(fake, pool, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")     # concerns the environment's proxies only
+    plain, connect, upstream = ForwardProxy(), ForwardProxy(), TLSOpenAI(tmp_path)
+    assert chat(pool((fake, {"proxy": f"http://us%40er:p%3Aw@127.0.0.1:{plain.port}", "api_key": "k"})), BOTH).status == 200
+    request = plain.requests[0]
+    assert (request.method, request.path) == ("POST", f"{fake.url}/v1/chat/completions")
+    assert base64.b64decode(request.headers["proxy-authorization"].split()[1]) == b"us@er:p:w"
+    server = pool((upstream, {"proxy": f"http://u:p@127.0.0.1:{connect.port}"}), ca_file=upstream.ca_file)
+    assert statuses(server, 2) == [200, 200]
+    assert [(request.method, request.path) for request in connect.requests] == [("CONNECT", f"127.0.0.1:{upstream.port}")]
+    assert connect.requests[0].headers["proxy-authorization"].startswith("Basic ")
+    assert {request.headers["host"] for request in upstream.requests} == {f"127.0.0.1:{upstream.port}"}
+    assert not any("proxy-authorization" in request.headers for request in upstream.requests)
 
 
 # == reloading ================================================================================
@@ -6835,10 +6535,10 @@ def test_a_proxy_on_the_way_with_connect(pool, tmp_path):
 def test_sighup_reloads_and_a_broken_file_changes_nothing(config, a, b):
     path = config({"controllers": [{"name": "a", "base_url": a.url}]})
     (first, *others), hold, lines = a.events(), threading.Event(), []
-    with started("--config-file", path) as (process, server), concurrent.futures.ThreadPoolExecutor(1) as threads:
+    with started("--config-file", path) as (process, server):
         threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True).start()
         a.faults.append(a.steps(a.head() + chunk(first), hold, chunks(*others)))
-        running = threads.submit(chat, server, BOTH, stream=True)
+        running = later(chat, server, BOTH, stream=True)
         wait_for(lambda: a.bodies())
         config({"controllers": [{"name": "b", "base_url": b.url}]})
         process.send_signal(signal.SIGHUP)
@@ -6913,9 +6613,11 @@ def test_a_reload_that_changes_tools_keeps_login_and_cool_downs(before, after, a
     assert upstream.controller.login.cookie == "appSession=two"
     call = Call({"model": "Qwen/Qwen3", **TOOL_REQUESTS["/v1/chat/completions"]})
     assert (upstream.adapted.check_support(call) is None) == (after == "prompt")
+    changed = akashproxy.Pool(Settings(controllers=(dataclasses.replace(options, cookie="appSession=other"),)), new)
+    assert changed.upstreams[0].controller.login.cookie == "appSession=other" and changed.status()[0]["login"] == "unknown"
 
 
-# A key and certificates that only this file uses: an authority, and a server of its own on loopback.
+# A key and certificates that only this file uses: an authority with a server on loopback, and another authority.
 
 TLS_AUTHORITY = """\
 -----BEGIN CERTIFICATE-----
@@ -6929,6 +6631,19 @@ HSMEGDAWgBSXjCjuNC1ZhI/bM3QLyCwy7sSkyzAPBgNVHRMBAf8EBTADAQH/MA4G
 A1UdDwEB/wQEAwICBDAKBggqhkjOPQQDAgNIADBFAiBCNEvDy1QYlMCMbVxzydgD
 hOwSTehhObC1aoCR0czzGQIhAOKWp47MbNgaPXzheKSlsFMUNn5CV8hyHRln9f9D
 qDgv
+-----END CERTIFICATE-----
+"""
+OTHER_AUTHORITY = """\
+-----BEGIN CERTIFICATE-----
+MIIBjzCCATWgAwIBAgIUKc2NfqG9pG2PvzP0gOLdW4HRaj8wCgYIKoZIzj0EAwIw
+HDEaMBgGA1UEAwwRYW5vdGhlciBhdXRob3JpdHkwIBcNMjYxMTI2MjMwNjIyWhgP
+MjEyNjExMDIyMzA2MjJaMBwxGjAYBgNVBAMMEWFub3RoZXIgYXV0aG9yaXR5MFkw
+EwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEK9PH3rFpR0Lm6yFMWd4i2Tu49/L2zNlK
+Z38lcPWF77IT9VCaBiFiT5JPa+cKUm6fEZUBUETZXD0KcOAjgmY8caNTMFEwHQYD
+VR0OBBYEFHrhh270tcZJDKsXKdtnoL1qHRorMB8GA1UdIwQYMBaAFHrhh270tcZJ
+DKsXKdtnoL1qHRorMA8GA1UdEwEB/wQFMAMBAf8wCgYIKoZIzj0EAwIDSAAwRQIg
+BhiMbMwg5DQxI7FGPOu6MBdlJh9ND+8MtHSYDewMCSECIQCAhuXJFGtv6c6eDWLl
+UqA2woAUeNgIFCxa745Y7P9Fhw==
 -----END CERTIFICATE-----
 """
 TLS_SERVER = """\
@@ -7143,11 +6858,6 @@ ATTACKS = {
     "another expectation": (POST + SIZED + b"Expect: tea\r\n\r\n" + DATA, 417, CLOSED),
     "an expectation in 1.0": (POST.replace(b"1.1", b"1.0") + SIZED + b"Expect: tea\r\n\r\n" + DATA, 200, CLOSED),
     # -- bodies
-    "NaN": (spelled(DATA[:-1] + b',"seed":NaN}'), 400, OPEN), "Infinity": (spelled(b"[-Infinity]"), 400, OPEN),
-    "objects 100,000 deep": (spelled(b'{"a":' * 100000), 400, OPEN),
-    "nested deep and closed": (spelled(b'{"model":"m","messages":' + b"[" * 50000 + b"]" * 50000 + b"}"), 400, OPEN),
-    "a huge number": (spelled(DATA[:-1] + b',"temperature":1e999}'), 400, OPEN),
-    "a number of 5,000 digits": (spelled(DATA[:-1] + b',"max_tokens":' + b"9" * 5000 + b"}"), 400, OPEN),
     "overlong UTF-8": (spelled(b'{"model":"\xc0\xaf"}'), 400, OPEN),
     "a byte order mark": (spelled(b"\xef\xbb\xbf" + DATA), 200, OPEN),
     "a lone surrogate": (spelled(DATA.replace(b"Hello", b"\\ud800")), 200, OPEN),
@@ -7191,6 +6901,32 @@ def target_servers():
     for server in servers:
         server.stop(0)
     fake.close()
+
+
+def read_request(parts):
+    """What the codec makes of a request that comes in some parts: its head, its body and what follows, or the status of its error."""
+    pending, got, head, body = b"", b"", None, None
+    try:
+        for part in parts:
+            pending += part
+            end = -1 if head else akashproxy.find_head_end(pending, max(0, len(pending) - len(part) - 3))
+            if end >= 0:
+                head = akashproxy.parse_head(pending[:end], akashproxy.parse_request_line)
+                body, pending = BodyDecoder(head[1]), pending[end + 4:]
+            if body and not body.done:
+                got += body.feed(pending)
+                pending = body.trailing_data
+    except ProtocolError as error:
+        return error.status
+    return head, got, body and body.done, pending
+
+
+@table(ATTACKS)
+def test_where_a_request_is_cut_changes_nothing(data, status, stays_open):
+    data = data.lstrip(b"\r\n")
+    complete = read_request([data])
+    assert complete == status or not isinstance(complete, int)
+    assert all(read_request(parts) == complete for parts in (pieces(data) if len(data) < 300 else [split(data, 1000)]))
 
 
 @table(ATTACKS)
@@ -7280,14 +7016,15 @@ def test_an_idle_connection_ends(serve):
 def test_a_client_that_does_not_read_is_dropped(pool):
     a = FakeOpenAI(text="word " * 60000)
     data = a.head() + chunks(*a.events())
-    server = pool(a.sends(data), write_timeout=0.5)
-    with lazy_stream(server):
+    server = pool(a.sends(data), keys=keys("alice"), write_timeout=0.5)
+    with lazy_stream(server, "Authorization: Bearer alice-key"):
+        assert counts(server) == (1, 1, 0), "it is in flight until its answer is here"
         pending = max(len(connection.output) for connection in server.connections.copy())
         assert pending < 200000 < len(data), "a bounded part of it waits here"
         assert ask(server).status == 200
         wait_for(lambda: not server.connections)
     wait_for(lambda: not a.open)
-    assert ask(server, path="/status").json["controllers"][0]["in_flight"] == 0
+    assert ask(server, path="/status", headers=bearer("alice")).json["controllers"][0]["in_flight"] == 0 and counts(server) == (0, 1, 0)
 
 
 def test_a_client_that_does_not_read_its_picture_is_dropped(akash, serve):
@@ -7326,13 +7063,10 @@ def test_silence_after_a_pause_is_ended_too(pool):
         assert b"sent nothing for 0.5 seconds" in drain(sock)
 
 
-BUGS = {    # a dialect's method with a bug, and what an upstream sends to meet it
+@table({    # a dialect's method with a bug, and what an upstream sends to meet it
     "a token on the fast path": ({"token_frame": lambda self, token: 1 / 0}, b'0:"x"\n'),
     "events": ({"encode": lambda self, events: akashproxy.ChatCompletions.encode(self, events) if Text("xy") not in events else 1 / 0}, b'0:"x"\n0:"y"\n'),
-}
-
-
-@table(BUGS)
+})
 def test_a_bug_within_a_stream_closes_both_ends(method, data, own, akash, serve, caplog):
     own(type("Buggy", (akashproxy.ChatCompletions,), method), "/v1/buggy")
     akash.faults.append(akash.stall(b'0:"one "\n'))
@@ -7378,24 +7112,6 @@ def test_a_request_that_no_controller_can_serve_is_told_its_own_last_error(a, b,
     busy = "All controllers for this model are cooling down or busy."
     assert tried.status == later.status == 429 and later.json["error"]["message"] == busy, "nobody else's words"
     assert tried.json["error"]["message"] == f"{busy} The last error: b: told"
-
-
-def test_an_endless_answer_of_akashgen_is_not_kept(akash, serve):
-    akash.sends(reply(body=b"x" * (5 << 20)))
-    got = chat(serve(), model="AkashGen")
-    assert got.status == 502 and "sent more than 4194304 bytes" in got.json["error"]["message"]
-
-
-@pytest.mark.parametrize("first", [None, b'0:"one "\n'])
-def test_a_client_that_asks_again_and_leaves_is_noticed(first, akash, serve):
-    akash.faults.append(akash.stall(first))
-    server = serve()
-    with connect(server, post("/v1/chat/completions", {**CHAT, "stream": True})) as sock:
-        wait_for(lambda: akash.bodies())
-        sock.sendall(get())
-        time.sleep(0.1)     # for some looks of the watchdog
-    wait_for(akash.gone.is_set)
-    wait_for(lambda: not server.connections)
 
 
 def test_no_more_threads(serve):
@@ -7496,16 +7212,12 @@ def test_pings_never_cut_an_event(a, pool):
     assert body.replace(b": ping\n\n", b"") == b"".join(a.events())
 
 
-def call_piece(index, arguments, **fields):
-    return FakeOpenAI.event({"tool_calls": [{"index": index, "function": {"arguments": arguments, **({"name": "f"} if fields else {})}, **fields}]})
-
-
 @table({
     # name: (path, first frames of an upstream, a frame that it repeats and of which nothing is sent to the client)
     "reasoning that Messages withholds": ("messages", b"", FakeOpenAI.event({"reasoning_content": "t"})),
     "reasoning in legacy completions": ("completions", b"", FakeOpenAI.event({"reasoning_content": "t"})),
-    "fragments that wait in Messages": ("messages", call_piece(0, '{"a"', id="c0") + call_piece(1, '{"b":"', id="c1"), call_piece(1, "x")),
-    "fragments that wait in Responses": ("responses", call_piece(0, '{"a"', id="c0") + call_piece(1, '{"b":"', id="c1"), call_piece(1, "x")),
+    **{f"fragments that wait in {path}": (path, FakeOpenAI.event(calls((0, "c0", "f", '{"a"'), (1, "c1", "f", '{"b":"'))),
+                                          FakeOpenAI.event(calls((1, None, None, "x")))) for path in ("messages", "responses")},
     "empty deltas": ("responses", FakeOpenAI.event({"content": "x"}), FakeOpenAI.event({})),
     "comments": ("messages", FakeOpenAI.event({"content": "x"}), b": keep-alive\n\n"),
 })
@@ -7708,23 +7420,6 @@ def test_nothing_is_asked_for_a_client_that_was_found_gone(a, pool, caplog):
     assert ask(server).status == 200 and len(a.bodies()) == 1 and not caplog.records
 
 
-def test_a_session_and_a_connection_may_end_together(akash, serve):
-    server = serve()
-    assert chat(server).status == 200
-    akash.faults.append(akash.refuse())
-    akash.cookies += 1      # as after a restart
-    assert chat(server).status == 200
-
-
-def test_an_answer_that_nobody_asked_for_goes_to_nobody(a, pool):
-    notified = threading.Event()
-    a.faults.append(a.steps(reply(body=a.completion(), chunked=False), 0.02, reply(body=b'{"evil":1}', chunked=False), notified.set))
-    server = pool(a)
-    assert chat(server, BOTH).status == 200
-    notified.wait(10)
-    assert chat(server, BOTH).body == a.completion()
-
-
 def test_no_ping_follows_the_end_of_a_response(akash, serve):
     server = serve(heartbeat=0.05)
     with connect(server) as sock:
@@ -7745,11 +7440,6 @@ def test_an_upstream_that_goes_on_after_the_end_is_left(a, pool):
     with connect(server, post("/v1/chat/completions", {**BOTH, "stream": True})):
         wait_for(a.gone.is_set, 3)
     wait_for(lambda: server.pool.upstreams[0].in_flight == 0)
-
-
-def test_comments_without_an_end_are_not_kept(a, pool):
-    a.faults.append(a.endless(a.head(), chunk(b": waiting\n\n" * 1000)))
-    assert chat(pool(a), BOTH, stream=True).status == 502
 
 
 def test_no_more_threads_for_a_client_that_got_pings(a, pool):
@@ -8255,34 +7945,6 @@ def test_a_log_line_costs_by_its_length_at_most():
         "INFO a\\tb\\u2028\u00e9\\U000e0001\\n")
 
 
-BREAKS = "one\u2028data: [DONE]\u2028\u2028two\u2029three\x85\u4e2d four\x0b"
-
-
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"])
-@pytest.mark.parametrize("kind", [FakeOpenAI, FakeAkash])
-def test_line_breaks_of_unicode_break_no_event(kind, path, pool):
-    fake = kind()
-    raw = json.dumps(BREAKS, ensure_ascii=False).encode()
-    if kind is FakeAkash:
-        answer = STREAM_HEAD + chunks(b"0:" + raw + b"\ng:" + raw + b"\n" + END % (b"stop", b"stop"))
-    else:
-        answer = fake.head() + chunks(b'data: {"choices":[{"delta":{"content":%b,"reasoning_content":%b}}]}\n\n' % (raw, raw)
-                                     + fake.event({}, "stop") + b"data: [DONE]\n\n")
-    fake.sends(answer, keep=True)
-    server = pool((fake, {} if kind is FakeAkash else {"paths": ("/v1/chat/completions",)}))
-    body = {**ASKED, SPOKEN[path]: ASKED["messages"] if SPOKEN[path] == "messages" else "hi", "stream": True, "thinking": {"type": "enabled"}}
-    if (kind, path) == (FakeOpenAI, "/v1/completions"):
-        return      # not translated by this controller
-    got = ask(server, "POST", path, body)
-    assert got.status == 200, got
-    if (kind, path) == (FakeOpenAI, "/v1/chat/completions"):
-        assert raw in got.body      # relayed byte for byte
-        return
-    assert got.body.decode().splitlines() == got.body.decode().split("\n")[:-1]
-    values = [json.loads(line[6:]) for line in got.body.decode().split("\n") if line.startswith("data: {")]
-    assert BREAKS in json.dumps(values, ensure_ascii=False).replace(json.dumps(BREAKS, ensure_ascii=False)[1:-1], BREAKS)
-
-
 def test_a_list_of_models_is_bounded(pool, caplog):
     names = [f"m{at}" for at in range(11_000)] + ["both"]
     fake, akash = FakeOpenAI(["x" * 257, "m1", 7, "", *names]), FakeAkash()
@@ -8364,16 +8026,15 @@ def test_a_request_takes_at_most_eight_times_its_size(path, make, tmp_path, fake
     def memory(process, name):
         return int(re.search(rf"{name}:\s+(\d+)", pathlib.Path(f"/proc/{process.pid}/status").read_text())[1]) << 10
 
-    with started("--config-file", str(config), "--log-level", "error") as (process, server), concurrent.futures.ThreadPoolExecutor(1) as threads:
+    with started("--config-file", str(config), "--log-level", "error") as (process, server):
         assert ask(server, "POST", "/v1/messages", ASKED).status == 200     # what a first request loads
         before, slowest = memory(process, "VmRSS"), 0.0
-        asked = threads.submit(ask, server, "POST", path, body, {"Content-Type": "application/json"})
+        asked = later(ask, server, "POST", path, body, {"Content-Type": "application/json"})
         while not asked.done():
             start_time = time.monotonic()
             assert ask(server).status == 200
             slowest = max(slowest, time.monotonic() - start_time)
         got, taken = asked.result(), memory(process, "VmHWM") - before
-    fake.close()
     assert got.status in (200, 400, 404) and len(got.body) < 20_000
     assert taken < 8 * len(body) and slowest < 2, (taken / len(body), slowest)      # seconds: the machine may be busy
 
@@ -8480,59 +8141,38 @@ SCRAPS = {
 SCRAPS["relay"] = SCRAPS["chat"]
 
 
-@fuzzed(300)
-def test_where_a_stream_is_cut_changes_nothing(rng):
-    kind = rng.choice(list(SCRAPS))
-    data = b"".join(rng.choice(SCRAPS[kind]) for _ in range(rng.randint(1, 8)))
-    complete, *others = [decoded(DECODERS[kind](), parts) for parts in (
-        [data], [data[at:at + 1] for at in range(len(data))], cut_up(rng, data), re.findall(rb"[^\n]*\n|[^\n]+", data),
-        re.findall(rb"(?s).+?(?:\n\r?\n|\Z)", data))]
-    for other in others:
-        if kind == "relay":
-            assert b"".join(event.data for event in complete[0]) == b"".join(event.data for event in other[0]), data
-        else:
-            assert fold(complete[0]) == fold(other[0]), data
-        assert complete[1] == other[1], data
-    for event in complete[0]:
-        assert not isinstance(event, Text) or not re.search("[\ud800-\udfff]", event.text)
+def stream_read(kind):
+    """What a decoder makes of a stream in parts: an answer, or the bytes that are relayed, and an error."""
+    def read(parts):
+        events, error = decoded(DECODERS[kind](), parts)
+        assert not any(isinstance(event, Text) and re.search("[\ud800-\udfff]", event.text) for event in events)
+        return b"".join(event.data for event in events) if kind == "relay" else fold(events), error
+    return read
 
 
-@fuzzed(100)
-def test_where_a_filter_is_cut_changes_nothing(rng):
-    text = "".join(rng.choice(["a", "b", " ", "\n", "##", "#", "<think>", "</think>", "<th", "<think>\n"]) for _ in range(rng.randint(1, 12)))
-    for make in (ThinkTagFilter, lambda: StopFilter(["##b"], None)):
-        answers = [fold(filtered(make(), parts)) for parts in ([text], list(text), cut_up(rng, text))]
-        assert answers[0] == answers[1] == answers[2], text
+TEXTS = ["a", "b", " ", "\n", "##", "#", "<think>", "</think>", "<th", "<think>\n"]
 
 
-@fuzzed(100)
-def test_where_a_tool_call_is_cut_changes_nothing(rng):
-    parts = ["a ", "\n", "`", "<tool_call>", "</tool_call>", "<tool", '{"name": "now", "arguments": {}}', "{'name': 'now',}", "<function=", "now", ">",
-             "<|tool_call_begin|>", "<parameter=a>1</parameter>", "</function>", "}", "functions.", ":0", "<｜tool▁sep｜>"]
-    text = "".join(rng.choice(parts) for _ in range(rng.randint(1, 9)))
-    answers = [tool_answer(pieces) for pieces in ([text], list(text), cut_up(rng, text))]
-    assert answers[0] == answers[1] == answers[2], text
+@table({    # (scraps, how many of them at most, what comes of such data in parts)
+    **{kind: (scraps, 8, stream_read(kind)) for kind, scraps in SCRAPS.items()},
+    "thinking": (TEXTS, 12, lambda parts: fold(filtered(ThinkTagFilter(), parts))),
+    "stops": (TEXTS, 12, lambda parts: fold(filtered(StopFilter(["##b"], None), parts))),
+    "tool calls": (["a ", "\n", "`", "<tool_call>", "</tool_call>", "<tool", '{"name": "now", "arguments": {}}', "{'name': 'now',}", "<function=",
+                    "now", ">", "[TOOL_CALLS]", "<parameter=a>1</parameter>", "</function>", "}", "functions.", ":0", "<｜tool▁sep｜>"], 9,
+                   lambda parts: tool_answer(parts)),
+    "framing": ([b"1\r\na\r\n", b"02\r\n\r\n\r\n", b"3;ext=1\r\n0\r\n\r\n", b"A\r\n0123456789\r\n", b"0\r\n\r\n",
+                 b"00\r\nx: y\r\n\r\n", b"zz\r\n", b"next"], 6, lambda parts: read_request([POST + CHUNKS + b"\r\n", *parts])),
+})
+def test_where_it_is_cut_changes_nothing(scraps, most, read):
+    @fuzzed(100)
+    def check(rng):
+        data = scraps[0][:0].join(rng.choice(scraps) for _ in range(rng.randint(1, most)))
+        patterns = (r"[^\n]*\n|[^\n]+", r"(?s).+?(?:\n\r?\n|\Z)")      # lines, and events
+        complete = read([data])
+        for parts in (split(data, 1), cut_up(rng, data), *(re.findall(each if isinstance(data, str) else each.encode(), data) for each in patterns)):
+            assert read(parts) == complete, data
 
-
-@fuzzed(100)
-def test_where_a_framing_is_cut_changes_nothing(rng):
-    payloads = [bytes(rng.choice(b"a\r\n0") for _ in range(rng.randint(1, 5))) for _ in range(rng.randint(0, 4))]
-    spelled = [rng.choice([b"%x\r\n%b\r\n", b"0%X\r\n%b\r\n", b"%x;ext=1\r\n%b\r\n"]) % (len(data), data) for data in payloads]
-    data = b"".join(spelled) + rng.choice([b"0\r\n\r\n", b"00\r\nx: y\r\n\r\n", b"", b"zz\r\n"]) + rng.choice([b"", b"next"])
-    ends = []
-    for parts in ([data], [data[at:at + 1] for at in range(len(data))], cut_up(rng, data)):
-        body, got, rest = BodyDecoder({"transfer-encoding": "chunked"}), b"", b""
-        try:
-            for part in parts:
-                if body.done:
-                    rest += part
-                else:
-                    got += body.feed(part)
-                    rest += body.trailing_data
-            ends.append((got, body.done, rest))
-        except ProtocolError as error:
-            ends.append(str(error))
-    assert ends[0] == ends[1] == ends[2], data
+    check()
 
 
 @pytest.mark.parametrize("path", WANTS)
@@ -8702,7 +8342,7 @@ def test_a_bug_of_a_decoder_is_that_controllers_failure(when, streamed, a, b, po
 
 
 ROLE = FakeOpenAI.event(assistant(""))
-OPENINGS = {
+OPENINGS = {    # what comes before any content
     "Akash's first line": ("akash", "/v1/chat/completions", STEP),
     "a role": ("openai", "/v1/chat/completions", ROLE),
     "a role without content": ("openai", "/v1/chat/completions", FakeOpenAI.event(assistant(None))),
@@ -8714,7 +8354,7 @@ OPENINGS = {
                           b'event: ping\ndata: {"type":"ping"}\n\ndata: {"type":"content_block_start","index":0}\n\n'),
     "a response's start": ("anthropic", "/v1/responses", b'data: {"type":"response.created"}\n\ndata: {"type":"response.output_item.added"}\n\n'),
 }
-BEGUN = {
+BEGUN = {       # content
     "Akash's text": ("akash", "/v1/chat/completions", STEP + b'0:"a"\n'), "Akash's thought": ("akash", "/v1/chat/completions", b'g:"a"\n'),
     "text": ("openai", "/v1/chat/completions", FakeOpenAI.event(assistant("a"))),
     "a thought": ("openai", "/v1/chat/completions", FakeOpenAI.event({"content": None, "reasoning_content": "a"})),
@@ -8725,37 +8365,21 @@ BEGUN = {
 }
 
 
-def silent_after(case, pool, threaded, own, **limits):
-    """What a client gets of an upstream that falls silent after some bytes."""
-    kind, path, opening = case
+@pytest.mark.parametrize("by_thread", [False, True], ids=["", "by a thread"])
+@table({**{name: (*row, False) for name, row in OPENINGS.items()}, **{name: (*row, True) for name, row in BEGUN.items()}})
+def test_the_first_byte_limit_rules_until_the_first_content_and_the_idle_limit_after_it(kind, path, opening, begun, by_thread, pool, own):
     fake = FakeAkash() if kind == "akash" else FakeOpenAI()
     fake.faults.append(Fake.stall(fake, (STREAM_HEAD if kind == "akash" else fake.head()) + chunk(opening)))
-    if threaded:    # as a controller of one's own that passes the events of another one on
+    options = {"first_byte_timeout": 20, "idle_timeout": 0.05} if begun else {"first_byte_timeout": 0.3, "idle_timeout": 0.05}
+    if by_thread:   # as a controller of one's own that passes the events of another one on
         base = akashproxy.CONTROLLERS["akash" if kind == "akash" else "openai"]
         own(type("Threaded", (base,), {"events": lambda self, call: iter(base.events(self, call))}))
-    more = {"type": "own", "base_url": fake.url} if threaded else {}
-    server = pool((fake, {**({"paths": (path,)} if kind == "anthropic" else {}), **more, **limits}))
-    got = ask(server, "POST", path, {**WANTS[path], "stream": True}).body
+        options.update(type="own", base_url=fake.url)
+    if kind == "anthropic":
+        options["paths"] = (path,)
+    got = ask(pool((fake, options)), "POST", path, {**WANTS[path], "stream": True}).body
+    assert (b"sent nothing for 0.05 seconds" in got) == begun and (b"did not answer within 0.3 seconds" in got) == (not begun)
     wait_for(fake.gone.is_set)      # it is left
-    return got
-
-
-def both_ways(cases):
-    """A table, and some of it by way of a thread that iterates the events."""
-    return pytest.mark.parametrize("case, threaded", [
-        *[pytest.param(case, False, id=name) for name, case in cases.items()],
-        *[pytest.param(case, True, id=f"{name}, by a thread") for name, case in list(cases.items())[:3]]])
-
-
-@both_ways(OPENINGS)
-def test_the_first_byte_limit_rules_until_the_first_content(case, threaded, pool, own):
-    got = silent_after(case, pool, threaded, own, first_byte_timeout=0.3, idle_timeout=0.05)
-    assert b"did not answer within 0.3 seconds" in got and b"sent nothing" not in got
-
-
-@both_ways(BEGUN)
-def test_the_idle_limit_rules_after_the_first_content(case, threaded, pool, own):
-    assert b"sent nothing for 0.05 seconds" in silent_after(case, pool, threaded, own, idle_timeout=0.05, first_byte_timeout=20)
 
 
 def test_comments_do_not_put_the_first_byte_limit_off(a, b, pool):
@@ -8896,10 +8520,6 @@ def test_usage_is_always_there(path, body, names, streamed, told, akash, serve, 
     assert {name[0] for name in found if "_tokens_total" in name[0] and ("estimated" in name[0]) == told} == set()
 
 
-def test_a_stream_that_asks_for_no_usage_gets_none(akash, serve):
-    assert usages(chat(serve(), stream=True)) == []
-
-
 @pytest.mark.parametrize("text", ["x" * 7, "\u00e9\u00e8", "\u4e2d\u6587", "\U0001f600", "a\u4e2d\u00e9"])
 def test_tokens_are_estimated_alike_however_they_come(text):
     whole, streamed, fast = (akashproxy.ChatCompletions({**BOTH, "stream_options": {"include_usage": True}}) for _ in range(3))
@@ -8917,11 +8537,6 @@ def test_a_relayed_answer_without_usage_stays_as_it_is(fake, pool, log):
     assert chat(server, BOTH, stream=True, stream_options={"include_usage": True}).body == b"".join(fake.events())
     wait_for(lambda: log.text.count("ended=whole") == 2)
     assert "tokens_in" not in log.text and "estimated_in" not in log.text
-
-
-def test_tokens_that_are_known_are_logged(serve, log):
-    chat(serve(controllers=(ECHO,)), {"model": "echo", "messages": [user("a b c")]})
-    wait_for(lambda: "tokens_in=3 tokens_out=3" in log.text)
 
 
 def test_a_rest_that_is_made_longer_is_one_rest():
@@ -8948,10 +8563,7 @@ def test_histograms_in_the_text_format():
     found = read_samples(akashproxy.prometheus_text(metrics.counts).decode())
     assert [found[f"{name}_bucket", "b", at] for at in ("0.05", "0.25", "0.5", "320", "+Inf")] == [1, 1, 2, 2, 3]
     assert (found[f"{name}_sum", "b"], found[f"{name}_count", "b"]) == (400.51, 3)
-
-
-def test_values_of_labels_are_escaped():
-    assert akashproxy.sample("n", [("a", 'x"\\\n'), ("b", "")], 1) == r'n{a="x\"\\\n",b=""} 1'
+    assert akashproxy.sample("n", [("a", 'x"\\\n'), ("b", "")], 1) == r'n{a="x\"\\\n",b=""} 1', "labels are escaped"
 
 
 def test_prometheus_reads_the_metrics(pool):
@@ -9159,13 +8771,10 @@ def test_a_trace_goes_to_the_upstream_and_into_the_log(path, fake, pool, log):
     ask(pool(fake), "POST", path, WANTS[path], {"traceparent": TRACE, "tracestate": "a=b"})
     assert (fake.requests[-1].headers["traceparent"], fake.requests[-1].headers["tracestate"]) == (TRACE, "a=b")
     wait_for(lambda: f" trace={TRACE[3:35]} " in log.text)
-
-
-@pytest.mark.parametrize("text", ["", "00", TRACE + "x", TRACE.upper(), "x" * 300])
-def test_a_malformed_trace_is_not_logged(text, serve, log):
-    ask(serve(), path="/v1/models", headers={"traceparent": text})
-    wait_for(lambda: "path=/v1/models" in log.text)
-    assert "trace=" not in log.text
+    for malformed in ("00", TRACE + "x", TRACE.upper(), "x" * 300):
+        ask(pool(fake), "POST", path, WANTS[path], {"traceparent": malformed})
+    wait_for(lambda: log.text.count(f" path={path} ") == 5)
+    assert log.text.count(" trace=") == 1
 
 
 # == keys =====================================================================================
@@ -9179,28 +8788,6 @@ def test_keys_in_a_file(config):
     assert "s3cret" not in repr(settings)
     displayed = run("--config-file", path, "--check", A="s3cret").stdout
     assert "[key alice]\nkey=********\nmodels=gpt-*\nrequests_per_minute=60\nmax_concurrency=4" in displayed and "s3cret" not in displayed
-
-
-@table({
-    "an object": ({"keys": {}}, "keys: must be a list"), "null": ({"keys": None}, "keys: must be a list"),
-    "a text": ({"keys": ["k"]}, "keys[0]: must be an object"),
-    "misspelt": ({"kes": []}, "kes: unknown key; did you mean 'keys'?"),
-    "misspelt within": ({"keys": [{"name": "a", "key": "k", "request_per_minute": 1}]},
-                        "keys[0].request_per_minute: unknown key; did you mean 'requests_per_minute'?"),
-    "no name": ({"keys": [{"key": "k"}]}, "keys[0].name: is missing"), "no key": ({"keys": [{"name": "a"}]}, "keys[0].key: is missing"),
-    "an empty name": ({"keys": [{"name": "", "key": "k"}]}, "keys[0].name: must not be empty"),
-    "an empty key": ({"keys": [{"name": "a", "key": ""}]}, "keys[0].key: must not be empty"),
-    "a key that can't be sent": ({"keys": [{"name": "a", "key": "k "}]}, "keys[0].key: only printable ASCII"),
-    "a name that can't be shown": ({"keys": [{"name": "a|b", "key": "k"}]}, "keys[0].name: only letters"),
-    "two names": ({"keys": [{"name": "a", "key": "k"}, {"name": "a", "key": "l"}]}, "keys: two have the name 'a'"),
-    "two keys": ({"keys": [{"name": "a", "key": "s3cret"}, {"name": "b", "key": "s3cret"}]}, "keys: two have the same key"),
-    "a rate that is none": ({"keys": [{"name": "a", "key": "k", "requests_per_minute": 0.5}]}, "keys[0].requests_per_minute: must be a whole"),
-    "not in the environment": ({"keys": [{"name": "a", "key": "${NONE}"}]}, "keys[0].key: the environment variable NONE is not set"),
-})
-def test_keys_that_can_not_be(data, problem, config):
-    with pytest.raises(ConfigError) as caught:
-        load(config(data))
-    assert len(caught.value.problems) == 1 and problem in caught.value.problems[0] and "s3cret" not in str(caught.value)
 
 
 @table({    # limits: (seconds, what is done, the seconds to wait or None if it is let in)
@@ -9254,10 +8841,6 @@ def test_relayed_requests_for_images_count_as_well(pool):
         assert got.status == (429 if refused else 404) and counts(server) == (0, 5 if path.endswith("edits") or refused else 2, refused)
 
 
-def image_jobs(akash):
-    return sum(request.method == "POST" for request in akash.requests)
-
-
 @pytest.mark.parametrize("where", ["key", "controller"])
 def test_images_are_made_one_after_the_other_where_requests_are_limited(where, akash, serve):
     akash.chat = PICTURE_LINE
@@ -9276,11 +8859,11 @@ def test_images_end_with_their_client(akash, serve):
     server = serve(keys=keys("alice", max_concurrency=1))
     for number in range(12):
         with connect(server) as sock:
-            started = image_jobs(akash)
+            started = len(akash.bodies())
             sock.sendall(post("/v1/images/generations", {"prompt": f"x{number}", "n": 10}, "Authorization: Bearer alice-key"))
-            wait_for(lambda: image_jobs(akash) > started)
+            wait_for(lambda: len(akash.bodies()) > started)
         wait_for(lambda: counts(server)[0] == 0)
-    assert image_jobs(akash) == 12 and counts(server) == (0, 120, 0)
+    assert len(akash.bodies()) == 12 and counts(server) == (0, 120, 0)
     asked = [request.path for request in akash.requests if request.path != "/api/models/"]
     wait_for(lambda: samples(server, bearer("alice"))["akashproxy_open_connections",] == 1)
     assert [request.path for request in akash.requests if request.path != "/api/models/"] == asked, "nor are they asked for any more"
@@ -9300,7 +8883,7 @@ def test_no_image_is_begun_for_a_client_that_has_left(akash, serve):
     akash.faults.extend([leave] * 10)
     sock.sendall(post("/v1/images/generations", {"prompt": "x", "n": 10}))
     wait_for(lambda: left.is_set() and samples(server)["akashproxy_open_connections",] == 1)
-    assert image_jobs(akash) <= 2       # the end of the connection may be on its way for a moment
+    assert len(akash.bodies()) <= 2       # the end of the connection may be on its way for a moment
 
 
 def test_many_threads_are_let_in_exactly_as_often_as_they_may():
@@ -9330,11 +8913,6 @@ def test_who_asks_is_known_by_the_key(serve, log):
     assert found["akashproxy_key_requests_total", "alice"] == 2 and found["akashproxy_key_refused_total", "bob"] == 0
     assert " key=alice method=POST" in log.text
     assert "-key" not in log.text + status.body.decode()
-
-
-def test_keys_alone_close_the_server(serve):
-    server = serve(keys=keys("alice"))
-    assert ask(server, path="/v1/models").status == ask(server, path="/metrics").status == 401 and ask(server).status == 200
 
 
 def test_a_rate_on_the_wire(serve):
@@ -9406,27 +8984,16 @@ def test_the_next_call_can_be_made_as_soon_as_the_last_one_is_answered():
             assert ask(server, "POST", "/v1/images/generations", {"prompt": "x"}, bearer("alice")).status == 404
 
 
-def test_a_stop_ends_a_call_once(a, pool):
+def test_a_stop_that_waits_no_longer_ends_each_call_once(a, pool):
     server = pool(a, keys=keys("alice", max_concurrency=2))
     a.faults.extend([a.stall(1), a.stall()])
-    with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        calls = [threads.submit(chat, server, BOTH, bearer("alice"), stream=streamed) for streamed in (True, False)]
-        wait_for(lambda: len(a.bodies()) == 2)
-        assert counts(server)[0] == 2
-        server.stop(0)
-        for call in calls:
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                call.result()
-    assert counts(server)[0] == 0
-
-
-def test_a_slow_client_is_in_flight_until_its_answer_is_here(pool):
-    a = FakeOpenAI(text="word " * 30000)
-    server = pool(a.sends(a.head() + chunks(*a.events())), keys=keys("alice"), write_timeout=0.5)
-    with lazy_stream(server, "Authorization: Bearer alice-key"):
-        assert counts(server) == (1, 1, 0)
-        wait_for(lambda: counts(server) == (0, 1, 0))       # it is dropped
-    wait_for(lambda: not server.connections)
+    calls = [later(chat, server, BOTH, bearer("alice"), stream=True)]
+    wait_for(lambda: any(relay.exchange.committed for relay in relays(server)))
+    calls.append(later(chat, server, BOTH, bearer("alice")))
+    wait_for(lambda: len(a.bodies()) == 2)
+    assert counts(server)[0] == 2
+    server.stop(0.05)
+    assert all(b'"error":{"message":"The server is stopping' in call.result().body for call in calls) and counts(server)[0] == 0
 
 
 def test_models_of_a_key(pool):
@@ -9451,14 +9018,6 @@ def test_models_of_a_key(pool):
                                   ), "nothing is told of what it stands for"
     assert ask(server, "POST", "/v1/messages", {**BOTH, "max_tokens": 9}, bearer("alice")).json["error"]["type"] == "not_found_error"
     assert len(a.bodies()) == asked
-
-
-def test_two_models_in_one_body_are_no_way_around(a, pool):
-    server = pool(a, keys=keys("alice", models=("gpt-x",)))
-    body = b'{"mod\\u0065l":"both","x":1,"model":"gpt-x","messages":[{"role":"user","content":"hi"}]}'
-    for path in ("/v1/chat/completions", "/v1/embeddings"):
-        assert ask(server, "POST", path, body, {**bearer("alice"), "Content-Type": "application/json"}).status == 200
-        assert b"both" not in a.requests[-1].body and json.loads(a.requests[-1].body)["x"] == 1
 
 
 def test_a_reload_keeps_the_counts_of_keys_that_stay(a, pool):
@@ -9729,19 +9288,36 @@ def test_what_needs_a_token_is_not_for_shared_caches(settings, kind, akash, serv
         assert "public" not in ask(server, path=path, headers={"x-api-key": "k"}).headers.get("cache-control", "")
 
 
-@table({     # header fields: is one of them the token?
-    "Bearer": ({"Authorization": "Bearer k"}, True), "a tab": ({"Authorization": "Bearer\tk"}, True),
-    "blanks": ({"Authorization": "bearer   k"}, True), "x-api-key": ({"x-api-key": "k"}, True), "Azure": ({"api-key": "k"}, True),
-    "an empty Bearer": ({"Authorization": "Bearer ", "x-api-key": "k"}, True), "nothing": ({"Authorization": "", "x-api-key": "k"}, True),
-    "another scheme": ({"Authorization": "Basic azo=", "x-api-key": "k"}, True), "a wrong Bearer": ({"Authorization": "Bearer x", "x-api-key": "k"}, True),
-    "a wrong key": ({"Authorization": "Bearer k", "x-api-key": "x"}, True), "three": ({"Authorization": "Bearer x", "x-api-key": "y", "api-key": "k"}, True),
-    "all wrong": ({"Authorization": "Bearer x", "x-api-key": "y", "api-key": "z"}, False), "no scheme": ({"Authorization": "k"}, False),
-    "Basic": ({"Authorization": "Basic k"}, False), "a part": ({"x-api-key": ""}, False), "more": ({"Authorization": "Bearer k k"}, False),
-    "doubled": ({"Authorization": "Bearer Bearer k"}, False), "not ASCII": ({"x-api-key": "\xe9"}, False),
+NEEDED, WRONG = "is needed", "Incorrect API key provided"
+
+
+@table({     # header fields: what is wrong with them; None if one of them is the token
+    "Bearer": ({"Authorization": "Bearer k"}, None), "a tab": ({"Authorization": "Bearer\tk"}, None),
+    "blanks": ({"Authorization": "bearer   k"}, None), "x-api-key": ({"x-api-key": "k"}, None), "Azure": ({"api-key": "k"}, None),
+    "an empty Bearer": ({"Authorization": "Bearer ", "x-api-key": "k"}, None),
+    "an empty field": ({"Authorization": "", "x-api-key": "k"}, None),
+    "another scheme": ({"Authorization": "Basic azo=", "x-api-key": "k"}, None),
+    "a wrong Bearer": ({"Authorization": "Bearer x", "x-api-key": "k"}, None),
+    "a wrong key": ({"Authorization": "Bearer k", "x-api-key": "x"}, None),
+    "three": ({"Authorization": "Bearer x", "x-api-key": "y", "api-key": "k"}, None),
+    "all wrong": ({"Authorization": "Bearer wr0ng", "x-api-key": "y", "api-key": "z"}, WRONG),
+    "no scheme": ({"Authorization": "k"}, NEEDED), "Basic": ({"Authorization": "Basic k"}, NEEDED),
+    "a part": ({"x-api-key": ""}, NEEDED), "more": ({"Authorization": "Bearer k k"}, WRONG),
+    "doubled": ({"Authorization": "Bearer Bearer k"}, WRONG), "not ASCII": ({"x-api-key": "\xe9"}, WRONG), "nothing": ({}, NEEDED),
+    "only an empty Bearer": ({"Authorization": "Bearer "}, NEEDED),
 })
-def test_any_of_several_credentials_opens(headers, opens, serve):
-    for settings in ({"bearer_token": ("k",)}, {"keys": (akashproxy.ClientKeySettings(name="a", key="k"),)}):
-        assert ask(serve(**settings), path="/v1/models", headers=headers).status == (200 if opens else 401)
+def test_any_of_several_credentials_opens(headers, words, serve):
+    for settings in ({"bearer_token": ("one", "k")}, {"keys": (akashproxy.ClientKeySettings(name="a", key="k"),)}):
+        server = serve(**settings)
+        for method, path in (("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("GET", "/status"), ("GET", "/nowhere"), ("GET", "/images/x.png"),
+                             ("DELETE", "/v1/models")):
+            got = ask(server, method, path, CHAT if method == "POST" else None, headers)
+            assert (got.status == 401) == bool(words), (path, got)
+            if words:
+                assert words in got.json["error"]["message"] and got.json["error"]["code"] == "invalid_api_key" and b"wr0ng" not in got.body
+                assert got.json["code"] == 401 and got.json["data"]["msg"] and got.headers["www-authenticate"] == "Bearer"
+                assert got.headers["x-should-retry"] == "false"
+        assert ask(server, headers=headers).status == 200 and ask(server, "OPTIONS", "/v1/models").status == 204
 
 
 # -- limits of keys
@@ -9782,6 +9358,7 @@ AROUND = {  # (path, content type, further fields, bodies): all are refused, or 
         b'"model":"cheap"," model":"dear"', b'"model":"cheap","model[]":"dear"', b'"model":"cheap","model\\u0000":"dear"')),
     "case, relayed": ("/v1/embeddings", JSON, {}, calls_of(b'"model":"cheap","Model":"dear"', b'"Model":"dear"', b'"model":"cheap","mode\\u004c":"dear"')),
     "twice": ("/v1/chat/completions", JSON, {}, calls_of(b'"model":"dear","model":"cheap"', b'"mod\\u0065l":"dear","model":"cheap"')),
+    "twice, relayed": ("/v1/embeddings", JSON, {}, calls_of(b'"model":"dear","model":"cheap"', b'"mod\\u0065l":"dear","model":"cheap"')),
     "query": ("/v1/chat/completions?model=dear&x=1", JSON, {}, calls_of(b'"model":"cheap"')),
     "query, encoded": ("/v1/completions?x=1&%6dodel=dear&MODEL=dear;model=dear&model[]=dear&model%5B%5D=dear&+model=dear", JSON, {},
                        [b'{"model":"cheap","prompt":"x"}']),
@@ -9932,9 +9509,9 @@ def test_a_form_costs_no_more_than_its_size():
 
 def test_what_comes_on_an_idle_connection_of_a_server_that_stops_is_answered(akash, serve):
     server = serve()
-    with link_to(server) as used, link_to(server) as probe, link_to(server) as idle, concurrent.futures.ThreadPoolExecutor(1) as threads:
+    with link_to(server) as used, link_to(server) as probe, link_to(server) as idle:
         assert [ask_again(link).status for link in (used, probe, idle)] == [200] * 3
-        stopped = threads.submit(server.stop, 30)
+        stopped = later(server.stop, 30)
         wait_for(lambda: server.socket.fileno() < 0)
         got = ask_again(used, "POST", "/v1/chat/completions", CHAT)
         assert (got.status, got.headers["connection"]) == (200, "close")
@@ -9946,9 +9523,8 @@ def test_what_comes_on_an_idle_connection_of_a_server_that_stops_is_answered(aka
 def test_who_has_connected_to_a_server_that_stops_is_let_in(akash, serve):
     server, gate = serve(), threading.Event()
     server.loop.call_soon_threadsafe(lambda: gate.wait(10))         # it is slow
-    with concurrent.futures.ThreadPoolExecutor(1) as threads, socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
-        sock.sendall(post("/v1/chat/completions", CHAT))
-        stopped = threads.submit(server.stop, 30)
+    with connect(server, post("/v1/chat/completions", CHAT)) as sock:
+        stopped = later(server.stop, 30)
         wait_for(lambda: server.draining)
         gate.set()
         answer = b"".join(iter(lambda: sock.recv(65536), b""))
@@ -9989,6 +9565,8 @@ def test_the_composition_fits_the_code():
 
 
 def test_the_nginx_conf_fits_the_code():
+    for port in (PORT, PORT + 1):
+        assert f"`SERVER_ADDRESS=127.0.0.1:{port} python3 akashproxy.py`" in README and f"`server 127.0.0.1:{port}`" in README
     conf = dict(re.findall(r"^ *(\w+) (.+?);", saved("nginx.conf"), re.M))
     hours = max(DEFAULTS.first_byte_timeout, DEFAULTS.image_timeout, DEFAULTS.idle_timeout, DEFAULTS.heartbeat) / 3600
     assert float(conf["proxy_read_timeout"].rstrip("h")) > hours and float(conf["proxy_send_timeout"].rstrip("h")) > hours
@@ -10089,14 +9667,6 @@ def nginx(folder, *replicas):
     finally:
         process.terminate()
         process.wait(20)
-
-
-def test_several_processes_behind_nginx(tmp_path):
-    for written in (PORT, PORT + 1):
-        assert f"`SERVER_ADDRESS=127.0.0.1:{written} python3 akashproxy.py`" in README and f"`server 127.0.0.1:{written}`" in README
-    with started("--demo") as (_, first), started("--demo") as (_, second), nginx(tmp_path, first, second) as server:
-        for _ in range(4):
-            assert stream(server, {"model": "demo", "messages": [user("hi")]})[2] == "stop"
 
 
 class Replicas:
@@ -10258,14 +9828,15 @@ class Browser:
         self.events.append(json.loads(message))
         return self.events[-1]
 
-    def open(self, url):
-        """Load a page in a new tab."""
+    def open(self, url, shown="#welcome button"):
+        """Load a page in a new tab; wait until it shows something."""
         self.url = url.partition("#")[0]
         target = self.call("Target.createTarget", url="about:blank", **self.context)["targetId"]
         self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         self.load("Page.navigate", url=url)
+        self.until(f"document.querySelector('{shown}')")
 
     def load(self, method, **params):
         """Send a command that loads the page; wait until it has."""
@@ -10362,19 +9933,15 @@ def test_the_page_is_served_to_all_and_runs_only_its_own_script(serve):
     head = ask(server, "HEAD", "/")
     assert (head.status, head.body, head.headers["content-length"]) == (200, b"", str(len(got.body)))
     assert ask(server, "POST", "/").status == 405
-
-
-def test_the_page_can_be_left_out(serve):
-    server = serve(page="off", bearer_token="secret")
-    assert ask(server, path="/").status == 404 and ask(server, path="/status").status == 401
-    with pytest.raises(ConfigError, match="'maybe' is not one of on, off"):
-        Settings(page="maybe")
+    left_out = serve(page="off", bearer_token="secret")
+    assert ask(left_out, path="/").status == 404 and ask(left_out, path="/status").status == 401
 
 
 def test_a_chat_on_the_page(browser, akash, serve):
     akash.chat = b'g:"Hm, a\\n"\ng:"greeting."\n' + HELLO
     browser.open(serve().url)
-    browser.until("document.querySelector('#welcome button')")
+    columns = "new Set(Array.from(document.getElementById('welcome').children, (each) => each.getBoundingClientRect().x)).size"
+    assert browser.run(columns) == 1, "what is first seen stands in one column"
     assert browser.run("(document.getElementById('model').click(), [...document.querySelectorAll('#models button')].map((each) => each.value))") == [
         "Meta-Llama-3-3-70B-Instruct", "Qwen/Qwen3", "AkashGen"]
     browser.choose("Meta-Llama-3-3-70B-Instruct")
@@ -10448,7 +10015,6 @@ def test_an_answer_that_is_stopped_half_way(by, browser, akash, serve):
     server = serve()
     akash.faults.append(akash.stall(b'0:"Once upon"\n'))
     browser.open(server.url)
-    browser.until("document.querySelector('#welcome button')")
     browser.type("Tell me a tale")
     browser.until("document.querySelector('.text')?.innerText === 'Once upon'")
     browser.press("Enter")      # nothing more is sent meanwhile
@@ -10467,8 +10033,7 @@ def test_a_picture_on_the_page(browser, akash, serve):
     akash.chat = PICTURE_LINE
     akash.states.extend([{**QUEUE[0], "queue_position": 2}] * 100000)
     server = serve(bearer_token="secret")
-    browser.open(server.url)
-    browser.until("document.activeElement.id === 'token'")
+    browser.open(server.url, shown="#token:focus")
     browser.type("secret")
     browser.until("document.querySelector('#welcome button')")
     browser.choose("AkashGen")
@@ -10487,7 +10052,6 @@ def test_a_picture_that_is_not_one(browser, akash, serve):
     akash.answer = lambda sock, request: (sock.sendall(reply(body=b"<svg xmlns='http://www.w3.org/2000/svg'/>", kind="image/svg+xml"))
                                           or True) if request.path.startswith("/api/image/") else real(sock, request)
     browser.open(serve().url)
-    browser.until("document.querySelector('#welcome button')")
     browser.choose("AkashGen")
     browser.run("document.getElementById('field').focus()")
     browser.ask("a fox")
@@ -10495,8 +10059,7 @@ def test_a_picture_that_is_not_one(browser, akash, serve):
 
 
 def test_a_wrong_token_then_the_right_one(browser, akash, serve):
-    browser.open(serve(bearer_token="r1ght").url)
-    browser.until("document.activeElement.id === 'token'")
+    browser.open(serve(bearer_token="r1ght").url, shown="#token:focus")
     assert browser.text("#trouble") == "This server needs a token. Type it above."
     browser.type("wr0ng")
     browser.until("document.getElementById('trouble').innerText.includes('is wrong')")
@@ -10590,7 +10153,7 @@ def test_the_page_reads_events_by_the_standard(browser, fake, pool):
 def test_the_controllers_on_the_page(browser, pool):
     one, two = FakeOpenAI(), FakeOpenAI(["other"])
     server = known(pool(one, two))
-    browser.open(server.url + "#status")
+    browser.open(server.url + "#status", shown=".card:nth-of-type(2)")
     browser.until("document.querySelector('.card:nth-of-type(2)')?.innerText.includes('0 served')")
     two.faults.append(two.status(429, extra=b"Retry-After: 40\r\n"))
     chat(server, {**BOTH, "model": "other"})
@@ -10602,7 +10165,6 @@ def test_the_controllers_on_the_page(browser, pool):
 
 def test_on_a_phone_enter_breaks_the_line(browser, fake, pool):
     browser.open(pool(fake).url)
-    browser.until("document.querySelector('#welcome button')")
     assert "Enter" in browser.text("#welcome .small")
     browser.call("Emulation.setDeviceMetricsOverride", width=320, height=600, deviceScaleFactor=1, mobile=True)
     browser.call("Emulation.setTouchEmulationEnabled", enabled=True)
@@ -10611,12 +10173,6 @@ def test_on_a_phone_enter_breaks_the_line(browser, fake, pool):
     assert "Enter" not in browser.text("#welcome .small")
     browser.type("Hello")
     assert browser.run("[document.getElementById('field').value, document.querySelectorAll('.turn').length]") == ["Hello\n", 0]
-
-
-def test_what_is_first_seen_stands_in_one_column(browser, fake, pool):
-    browser.open(pool(fake).url)
-    browser.until("document.querySelector('#welcome button')")
-    assert browser.run("new Set(Array.from(document.getElementById('welcome').children, (each) => each.getBoundingClientRect().x)).size") == 1
 
 
 def test_the_page_fits_a_phone(browser, pool):
@@ -10672,7 +10228,6 @@ def test_a_question_is_edited(browser, fake, pool):
                                    "document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: files, bubbles: true}))"], ids=["paste", "drop"])
 def test_settings_and_images_are_sent(event, browser, fake, pool):
     browser.open(pool(fake).url)
-    browser.until("document.querySelector('#welcome button')")
     browser.run("document.getElementById('system').value = 'Be brief.', document.getElementById('max_tokens').value = 5")
     browser.run("""new Promise((done) => document.createElement('canvas').toBlob((blob) => {
       const files = new DataTransfer();
@@ -10691,7 +10246,6 @@ def test_settings_and_images_are_sent(event, browser, fake, pool):
 
 def test_models_are_searched(browser, pool):
     browser.open(pool(FakeOpenAI([f"family/model-{number}-chat" for number in range(80)])).url)
-    browser.until("document.querySelector('#welcome button')")
     browser.run("document.getElementById('model').click()")
     browser.until("document.activeElement.id === 'search'")
     browser.call("Input.insertText", text="chat 42")
@@ -10702,14 +10256,13 @@ def test_models_are_searched(browser, pool):
 
 def test_a_failed_list_of_models_is_reported(browser, fake, pool):
     fake.answer = lambda sock, request: sock.sendall(reply(401, b'{"error": {"message": "no"}}')) or True
-    browser.open(pool(fake).url)
+    browser.open(pool(fake).url, shown="#trouble")
     browser.until("document.getElementById('trouble').innerText.includes('key')")
 
 
 def test_a_long_answer_in_small_parts_is_drawn_once(browser, fake, pool):
     fake.events = lambda: [*[fake.event({"content": "word " if number % 25 else "end.\n\n"}) for number in range(40000)], fake.event({}, "stop")]
     browser.open(pool(fake).url)
-    browser.until("document.querySelector('#welcome button')")
     browser.run("window.made = 0, new MutationObserver((changes) => { for (const {target, addedNodes} of changes)"
                 " if (target.className === 'text') made += addedNodes.length; }).observe(document.body, {childList: true, subtree: true})")
     browser.ask("A tale")
@@ -10742,7 +10295,6 @@ def test_axe_finds_nothing_on_the_page(browser, pool):
         pytest.skip("no axe-core here; AXE_CORE can be its path")
     fake = FakeOpenAI(text="### a\n- [x] b\n\n|a|b|\n|-|-|\n|c|$d$|\n\n```\ne\n```")
     browser.open(pool(fake).url)
-    browser.until("document.querySelector('#welcome button')")
     with open(path, encoding="utf-8") as file:
         browser.run(file.read() + ";0")
     states = ["", "document.getElementById('list').click()", "document.getElementById('settings').open = true",
@@ -10973,22 +10525,16 @@ def test_a_pattern_that_is_not_linear_is_found(call, abort):
     assert any(costly(pattern, flags, method) for _, pattern, flags, method in module_patterns(call, names))
 
 
-def feeding(make):
+def feeding(make, as_fed=lambda item: item):
     """A component with feed(): the work of some items."""
     def work(items):
         component = make()
         for item in items:
-            component.feed(item)
+            component.feed(as_fed(item))
     return work
 
 
-def texts(make):
-    """The same, where texts are fed."""
-    def work(items):
-        step = make()
-        for item in items:
-            step.feed([Text(item)])
-    return work
+texts = functools.partial(feeding, as_fed=lambda text: [Text(text)])
 
 
 def received(items):
@@ -11327,8 +10873,7 @@ def test_a_handler_as_of_http_server(method, path, body, status, expected, akash
     "no body": ("/unmodified", b"", (b"HTTP/1.1 304 ",), (b"Content-Length", b"Transfer-Encoding")),
     "the last response": ("/last", None, (b"Connection: close\r\n",), ()),
 })
-def test_the_head_is_what_a_handler_has_sent(case):
-    path, body, has, has_not = case
+def test_the_head_is_what_a_handler_has_sent(path, body, has, has_not):
     with Server(Settings(server_address="127.0.0.1:0"), OwnHandler) as server, socket.create_connection(server.server_address, 10) as link:
         link.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         with link.makefile("rb") as answer:
@@ -11513,7 +11058,8 @@ def test_sections_name_only_what_they_may():
     assert not {(at, other, name) for at, other, name in found if other != at and other not in MAY_NAME[at].split()}
 
 
-def test_public_names_exist_and_have_a_docstring():
+def test_public_names_exist_and_have_a_docstring_and_the_readme_uses_no_others():
+    assert set(re.findall(r"\bakashproxy\.(\w+)", "".join(EMBEDDING))) <= set(akashproxy.__all__)
     for name in akashproxy.__all__:
         value = getattr(akashproxy, name)
         if isinstance(value, (type, types.FunctionType)):
@@ -11555,18 +11101,13 @@ def official(block):
     return re.match("import (openai|anthropic)$", block, re.M)
 
 
-@pytest.mark.parametrize("port", ["x", "70000", "-1", "80 80"])
-def test_a_wrong_port_is_named(port):
-    with pytest.raises(akashproxy.ConfigError, match="PORT: .* is not a valid port"):
-        Settings.load({"PORT": port})
-
-
 OPENAI_KEY = {"OPENAI_API_KEY": "k"}
 
 
 @table({    # (UPSTREAM, other variables): (base_url, api_key) of each controller
     "Ollama": ("http://127.0.0.1:11434/v1", {}, [("http://127.0.0.1:11434/v1", "")]),
     "two": ("http://a/v1,http://b", {}, [("http://a/v1", ""), ("http://b", "")]),
+    "none is Akash": ("", {"AKASH_BASE_URL": "http://a/", "AKASH_ACCESS_TOKEN": "t"}, [("http://a", "t")]),
     "OpenAI": ("openai", OPENAI_KEY, [("https://api.openai.com/v1", "k")]),
     "OpenAI by address": ("https://api.openai.com/v1", OPENAI_KEY, [("https://api.openai.com/v1", "k")]),
     "OpenAI in Europe": ("https://eu.api.openai.com/v1", OPENAI_KEY, [("https://eu.api.openai.com/v1", "k")]),
@@ -11650,18 +11191,9 @@ def test_check_asks_each_controller(openai_fakes, akash, config):
 @pytest.fixture
 def openai_fakes():
     """Two upstreams, and the URL of a port that nothing listens on."""
-    one, two, gone = FakeOpenAI(["llama3", "mistral"]), FakeOpenAI(["phi"]), FakeOpenAI()
+    gone = FakeOpenAI()
     gone.close()
-    yield one, two, gone.url
-    one.close()
-    two.close()
-
-
-def test_the_demo_refuses_unknown_models(demo):
-    for stream in (False, True):
-        got = ask(demo, "POST", "/v1/chat/completions", {"model": "gpt-4o", "stream": stream, "messages": [user("hi")]})
-        assert got.status == 500 and got.json["code" if "code" in got.json else "error"], got
-        assert b"model_not_found" in got.body
+    return FakeOpenAI(["llama3", "mistral"]), FakeOpenAI(["phi"]), gone.url
 
 
 # -- path prefixes and reverse proxies
@@ -11669,19 +11201,6 @@ def test_the_demo_refuses_unknown_models(demo):
 def image_link(akash, server, path="/v1/images/generations", headers=None):
     akash.chat = PICTURE_LINE
     return ask(server, "POST", path, {"prompt": "a fox"}, headers).json["data"][0]["url"]
-
-
-def test_a_path_prefix(serve, akash):
-    server = serve(path_prefix="/my/secret/")
-    assert server.url.endswith("/my/secret")
-    assert ask(server, path="/my/secret/v1/models").status == ask(server, path="/my/secret/").status == 200
-    assert ask(server, "POST", "/my/secret/v1/chat/completions", CHAT).status == 200
-    for path in ("/v1/models", "/", "/health", "/my/secret", "/my/secretv1/models", "/my", "/MY/secret/v1/models", "/my/secret/my/secret/v1/models"):
-        assert ask(server, path=path).status == 404, path
-    assert ask(server, "POST", "/v1/chat/completions", CHAT).status == 404
-    link = image_link(akash, server, "/my/secret/v1/images/generations")
-    assert link.startswith(server.url + "/images/")
-    assert ask(server, path=link.partition(str(server.server_port))[2]).status == 200
 
 
 @table({    # (PUBLIC_URL, headers, trusted): how image links begin; {} stands for the server's address
@@ -11734,22 +11253,11 @@ def test_forwarded_headers_open_no_gate(serve):
     assert ask(server, "OPTIONS", "/v1/models", headers=preflight).status == 403
 
 
-@pytest.mark.parametrize("name, value", [("path_prefix", "secret"), ("path_prefix", "/a b"), ("path_prefix", "//a"), ("path_prefix", "/a?b"),
-                                         ("trusted_proxies", ("x",)), ("trusted_proxies", ("10.0.0.0/99",)), ("trusted_proxies", ("",))])
-def test_wrong_prefixes_and_proxies(name, value):
-    with pytest.raises(akashproxy.ConfigError):
-        Settings(**{name: value})
-
-
-def test_health_of_a_server_with_a_path_prefix():
-    with started("--demo", "--path-prefix", "/s") as (_, port):
-        assert run("--health", "--server-address", f"127.0.0.1:{port}", "--path-prefix", "/s").returncode == 0
-
-
-@pytest.mark.parametrize("block", list(filter(official, blocks("python"))))
-def test_the_readmes_sdk_lines_work(block, demo):
-    pytest.importorskip(official(block)[1])
-    done = subprocess.run([sys.executable, "-c", block.replace("127.0.0.1:16571", f"127.0.0.1:{demo}")], cwd=HERE,
+@pytest.mark.parametrize("block", blocks("python"))
+def test_the_readmes_python_works(block, demo, akash):
+    pytest.importorskip(official(block)[1] if official(block) else "akashproxy")
+    block = block.replace("127.0.0.1:16571", f"127.0.0.1:{demo}").replace("https://chat.akash.network", akash.url)
+    done = subprocess.run([sys.executable, "-c", block], env={**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}, cwd=HERE,
                           capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout, done
 
@@ -11774,11 +11282,10 @@ CLIENTS = {     # program: (its row in the README's table of clients, what gets 
 }
 
 
-@pytest.mark.parametrize("program", CLIENTS)
-def test_the_readmes_table_of_clients_works(program, pool, tmp_path):
+@pytest.mark.parametrize("program, client, command", [(program, *row) for program, row in CLIENTS.items()])
+def test_the_readmes_table_of_clients_works(program, client, command, pool, tmp_path):
     if not shutil.which(program):
         pytest.skip(f"{program} is not installed")
-    client, command = CLIENTS[program]
     server = pool(FakeOpenAI(["llama3.2"]), idle_timeout=20, first_byte_timeout=20)
     row = re.search(rf"^\| {client} \| (.*) \|$", README, re.M)[1].replace("127.0.0.1:16571", f"127.0.0.1:{server.server_port}")
     first, *lines = re.findall("`(.*?)`", row)
@@ -11811,14 +11318,6 @@ def test_the_readmes_row_for_the_ai_sdk_works(fake, pool):
 EMBEDDING = [block for block in blocks("python") if not official(block)]
 
 
-@pytest.mark.parametrize("block", EMBEDDING)
-def test_the_readmes_other_python_works(block, akash):
-    environ = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", block.replace("https://chat.akash.network", akash.url)],
-                          env=environ, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stdout, done
-
-
 @pytest.mark.parametrize("checker, options", [("mypy", ["--strict", "--cache-dir=."]), ("pyright", ["--project", "."])])
 def test_type_checkers_accept_the_readmes_embedding(checker, options, tmp_path):
     pytest.importorskip(checker)
@@ -11831,11 +11330,6 @@ def test_type_checkers_accept_the_readmes_embedding(checker, options, tmp_path):
                           cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
     errors = [line for line in done.stdout.splitlines() if "error:" in line or "- error" in line]
     assert len(errors) == 1 and "wrong.py:2" in errors[0], done
-
-
-def test_the_readmes_embedding_uses_public_names_only():
-    used = {name for block in EMBEDDING for name in re.findall(r"\bakashproxy\.(\w+)", block)}
-    assert used <= set(akashproxy.__all__)
 
 
 def test_the_readmes_controller_for_http_works(pool, own):
@@ -12002,7 +11496,6 @@ def test_the_bench_finds_what_is_lost(sent, lost, fake):
     parts = [part.replace(SENT, b"%020d" % time.monotonic_ns()) for part in prepared(akashproxy.CHAT_PATH, True, 4, PAUSE)]
     fake.faults.append(lambda sock, request: [sock.sendall(data) for data in sent(parts)] and None)
     load = Load(fake.port, akashproxy.CHAT_PATH, True, 4, PAUSE, 1, 0.0).run()
-    fake.close()
     assert load.lost == lost and all(0 < way < 60e9 for way in load.ways)
 
 
@@ -12042,9 +11535,6 @@ def openai_client(akash, serve):
 def test_openai_chat(openai_client):
     answer = openai_client.chat.completions.create(**CHAT)
     assert answer.choices[0].message.content == "Hello from the mock." and answer.choices[0].finish_reason == "stop"
-
-
-def test_openai_stream(openai_client, akash):
     chunks = list(openai_client.chat.completions.create(**CHAT, stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Hello from the mock."
     with openai_client.chat.completions.stream(**CHAT) as events:
@@ -12070,8 +11560,7 @@ def test_openai_errors(openai_client, akash):
         list(openai_client.chat.completions.create(**CHAT, stream=True))
 
 
-CALLS_OF_TOOLS = [*({"tool_calls": calls} for calls in fragments([{"index": 0, "function": {"arguments": '{"city":"Oslo"}'}}])),
-        {"tool_calls": [{"index": 1, "id": "call_2", "type": "function", "function": {"name": "g", "arguments": ""}}]}]
+CALLS_OF_TOOLS = [calls((0, "call_1", "f", "")), calls((0, None, None, '{"city":"Oslo"}')), calls((1, "call_2", "g", ""))]
 
 
 def test_openai_async_and_retries(a, pool):
