@@ -1189,7 +1189,7 @@ def proxy_credentials(url: str) -> Tuple[bytes, bytes]:
 
 def without_password(url: str) -> str:
     """A proxy's URL with its password redacted."""
-    return re.sub(r"^(\w+://[^:@]*:).*@", r"\1********@", url)
+    return re.sub(r"^(\w+://[^:]*:).*@", r"\1********@", url)
 
 
 def environment_proxies(environ: Dict[str, str], problems: List[str]) -> Dict[str, str]:

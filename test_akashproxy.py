@@ -6399,12 +6399,12 @@ def test_the_environments_proxies_rule_as_with_curl(environ, url, proxy):
 
 
 def test_a_controllers_own_proxy_precedes_and_the_settings_say_which_rules(config):
-    path = config({"controllers": [{"type": "akash", "proxy": "none"}, {"type": "akash", "proxy": "http://u:s3cret@a:1"}, {"type": "akash"}]})
+    path = config({"controllers": [{"type": "akash", "proxy": "none"}, {"type": "akash", "proxy": "http://u@v:s3cret@a:1"}, {"type": "akash"}]})
     done = run("--config-file", path, "--proxy", "socks5://u:s3cret@b:2", "--check")
     assert [line for line in done.stdout.splitlines() if line.lower().startswith("proxy")] == [
-        "PROXY=socks5://u:********@b:2", "proxy=http://u:********@a:1", "proxy=socks5://u:********@b:2 (PROXY)"] and "s3cret" not in done.stdout
+        "PROXY=socks5://u:********@b:2", "proxy=http://u@v:********@a:1", "proxy=socks5://u:********@b:2 (PROXY)"] and "s3cret" not in done.stdout
     server = Server(dataclasses.replace(load(path), server_address="127.0.0.1:0"))
-    assert str(server.pool).split(", akash")[1] == "-2 (https://chat.akash.network, proxy http://u:********@a:1)"
+    assert str(server.pool).split(", akash")[1] == "-2 (https://chat.akash.network, proxy http://u@v:********@a:1)"
     server.stop(0)
 
 
