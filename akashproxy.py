@@ -233,12 +233,10 @@ def to_json(value: Any) -> bytes:
     that a raw U+2028, U+2029 or U+0085 would end an event's line. Lone surrogates become "?".
     """
     text = _encode(value)
-    if not text.isascii() and ("\u2028" in text or "\u2029" in text or "\x85" in text):
-        text = (
-            text.replace("\u2028", r"\u2028")
-            .replace("\u2029", r"\u2029")
-            .replace("\x85", r"\u0085")
-        )
+    if not text.isascii():
+        for mark in "\u2028\u2029\x85":
+            if mark in text:
+                text = text.replace(mark, rf"\u{ord(mark):04x}")
     return text.encode("utf-8", "replace")
 
 
@@ -1146,11 +1144,6 @@ def http_url(text: str) -> str:
     return text.rstrip("/")
 
 
-def optional_url(text: str) -> str:
-    """Check an http(s) URL as http_url() does; empty for none. Raises ValueError."""
-    return http_url(text) if text else ""
-
-
 def upstream_url(text: str) -> str:
     """Check the URL of an upstream, or the word openai. Raises ValueError."""
     return text if text == "openai" else http_url(text)
@@ -1169,9 +1162,9 @@ def ip_network(text: str) -> str:
 
 
 def proxy_url(text: str) -> str:
-    """Check SCHEME://[USER:PASSWORD@]HOST[:PORT] or "none"; empty for the default."""
+    """Check SCHEME://[USER:PASSWORD@]HOST[:PORT] or "none"."""
     parts = urllib.parse.urlsplit(text)
-    if text not in ("", "none") and (
+    if text != "none" and (
         parts.scheme not in ("http", "socks5", "socks5h", "socks")
         or not parts.hostname
         or parts.path.strip("/")
@@ -1196,13 +1189,7 @@ def proxy_credentials(url: str) -> Tuple[bytes, bytes]:
 
 def without_password(url: str) -> str:
     """A proxy's URL with its password redacted."""
-    scheme, separator, rest = url.rpartition("://")
-    credentials, at, address = rest.rpartition("@")
-    user, colon, _ = credentials.partition(":")
-    return f"{scheme}{separator}{user}{colon and ':********'}{at}{address}"
-
-
-PROXY_VARIABLES = ("https_proxy", "http_proxy", "all_proxy", "no_proxy")
+    return re.sub(r"^(\w+://[^:]*:).*@", r"\1********@", url)
 
 
 def environment_proxies(environ: Dict[str, str], problems: List[str]) -> Dict[str, str]:
@@ -1212,7 +1199,7 @@ def environment_proxies(environ: Dict[str, str], problems: List[str]) -> Dict[st
     Other kinds of proxies are added to ``problems``.
     """
     proxies = {}
-    for name in PROXY_VARIABLES:
+    for name in ("https_proxy", "http_proxy", "all_proxy", "no_proxy"):
         value = environ.get(name) or environ.get(name.upper(), "")
         if value and name != "no_proxy":
             value = value if "://" in value else f"http://{value}"
@@ -1262,11 +1249,15 @@ def web_origin(text: str) -> str:
     return match[1]
 
 
-def nonempty_header_value(text: str) -> str:
-    """Check a token: an empty one would admit clients that send none."""
-    if not text:
-        raise ValueError("empty values are not allowed")
-    return header_value(text)
+def nonempty(check: Callable[[str], str]) -> Callable[[str], str]:
+    """Make a check reject "" too; an empty token would admit clients that send none."""
+
+    def check_nonempty(text: str) -> str:
+        if not text:
+            raise ValueError("must not be empty")
+        return check(text)
+
+    return check_nonempty
 
 
 def additional_headers(headers: Dict[str, str]) -> Dict[str, str]:
@@ -1282,11 +1273,10 @@ def additional_headers(headers: Dict[str, str]) -> Dict[str, str]:
 
 def ca_bundle(path: str) -> str:
     """Check and read a file of CA certificates; a reload reads it again."""
-    if path:
-        try:
-            read_tls_context(path)
-        except OSError as error:
-            raise ValueError(f"{path!r} can't be used: {error.strerror or error}") from None
+    try:
+        read_tls_context(path)
+    except OSError as error:
+        raise ValueError(f"{path!r} can't be used: {error.strerror or error}") from None
     return path
 
 
@@ -1297,16 +1287,9 @@ def controller_name(text: str) -> str:
     return text
 
 
-def key_name(text: str) -> str:
-    """Check the name of a client key, which is required. Raises ValueError."""
-    if not text:
-        raise ValueError("must not be empty")
-    return controller_name(text)
-
-
-def positive(value: Optional[float]) -> Optional[float]:
-    """Check a number that must not be 0; None for none. Raises ValueError."""
-    if value is not None and not value > 0:
+def positive(value: float) -> float:
+    """Check a number that must not be 0. Raises ValueError."""
+    if not value > 0:
         raise ValueError("must be greater than 0")
     return value
 
@@ -1323,7 +1306,7 @@ def one_process(value: int) -> int:
 
 def tools_instruction(text: str) -> str:
     """Check an instruction for tools as text. Raises ValueError."""
-    if text and not ("{tools}" in text and "{call}" in text):
+    if not ("{tools}" in text and "{call}" in text):
         raise ValueError("must contain {tools} and {call}")
     return text
 
@@ -1333,7 +1316,7 @@ def one_of(*values: str) -> Callable[[str], str]:
 
     def check(text: str) -> str:
         if text.lower() not in values:
-            raise ValueError(f"{text!r} is not one of {', '.join(filter(None, values))}")
+            raise ValueError(f"{text!r} is not one of {', '.join(values)}")
         return text.lower()
 
     return check
@@ -1356,11 +1339,10 @@ class ValidatedSettings:
 
     def __init_subclass__(cls) -> None:
         """Describe each setting in the docstring, for help()."""
-        settings = {name: item for name, item in vars(cls).items() if hasattr(item, "metadata")}
         lines = [
             f"    {name}: {item.metadata['help']}"
-            for name, item in settings.items()
-            if item.metadata
+            for name, item in vars(cls).items()
+            if getattr(item, "metadata", None)
         ]
         cls.__doc__ = "\n".join([f"{cls.__doc__}\n", *lines])
 
@@ -1401,7 +1383,7 @@ class ControllerSettings(ValidatedSettings):
     base_url: str = setting(
         "",
         "the upstream's URL; default: https://api.openai.com/v1, or AKASH_BASE_URL",
-        optional_url,
+        http_url,
     )
     api_key: str = setting(
         "",
@@ -1448,9 +1430,9 @@ class ControllerSettings(ValidatedSettings):
         "",
         "tool calls: native (relayed), prompt (as text, for models without them) or refuse; "
         "default: native, for akash refuse",
-        one_of("", "native", "prompt", "refuse"),
+        one_of("native", "prompt", "refuse"),
     )
-    context_overflow: str = setting("", "overrides CONTEXT_OVERFLOW", one_of("", "warn", "refuse"))
+    context_overflow: str = setting("", "overrides CONTEXT_OVERFLOW", one_of("warn", "refuse"))
     speed: float = setting(50.0, "words per second of an echo controller; 0: unlimited")
     connect_timeout: Optional[float] = setting(None, "overrides CONNECT_TIMEOUT", positive)
     first_byte_timeout: Optional[float] = setting(None, "overrides FIRST_BYTE_TIMEOUT", positive)
@@ -1463,8 +1445,14 @@ class ControllerSettings(ValidatedSettings):
 class ClientKeySettings(ValidatedSettings):
     """Settings of one client key: an object in the configuration's ``keys``."""
 
-    name: str = setting("", "the owner's name, in the log, /status and /metrics", key_name)
-    key: str = setting("", "the token that the client sends", nonempty_header_value, secret=True)
+    name: str = setting(
+        dataclasses.MISSING,
+        "the owner's name, in the log, /status and /metrics",
+        nonempty(controller_name),
+    )
+    key: str = setting(
+        dataclasses.MISSING, "the token that the client sends", nonempty(header_value), secret=True
+    )
     models: Tuple[str, ...] = setting((), "names or patterns of the allowed models; default: all")
     requests_per_minute: int = setting(0, "model calls per minute; 0: unlimited")
     max_concurrency: int = setting(0, "concurrent model calls; 0: unlimited")
@@ -1531,7 +1519,7 @@ class Settings(ValidatedSettings):
     bearer_token: Tuple[str, ...] = setting(
         (),
         "tokens that clients may use, comma-separated; default: no token is needed",
-        nonempty_header_value,
+        nonempty(header_value),
         secret=True,
     )
     akash_access_token: str = setting(
@@ -1557,7 +1545,7 @@ class Settings(ValidatedSettings):
         "", "file with additional CA certificates for TLS to upstreams", ca_bundle
     )
     public_url: str = setting(
-        "", "URL of this server for clients; default: from their Host header", optional_url
+        "", "URL of this server for clients; default: from their Host header", http_url
     )
     path_prefix: str = setting("", "path before all others, such as /secret", path_prefix)
     trusted_proxies: Tuple[str, ...] = setting(
@@ -1680,15 +1668,16 @@ class Settings(ValidatedSettings):
 
     def _defaults(self, options: ControllerSettings) -> Dict[str, Any]:
         """Values for the fields that a controller's settings leave empty."""
-        defaults = {}
-        if not options.base_url and options.type in ("akash", "openai"):
-            defaults["base_url"] = OPENAI_URL if options.type == "openai" else self.akash_base_url
-        if options.type == "akash" and self.is_akash_server(options.base_url):
+        urls = {"openai": OPENAI_URL, "akash": self.akash_base_url}
+        base_url = options.base_url or urls.get(options.type, "")
+        defaults = {"base_url": base_url, **self._proxy(options, base_url)}
+        # Akash's token and cookie are sent to its own server only.
+        if options.type == "akash" and url_origin(base_url) == url_origin(self.akash_base_url):
             defaults["cookie"] = options.cookie or self.akash_cookie
             if self.akash_access_token and not options.api_key:
                 defaults["api_key"] = self.akash_access_token
                 defaults["key_source"] = "AKASH_ACCESS_TOKEN"
-        return {**defaults, **self._proxy(options, defaults.get("base_url") or options.base_url)}
+        return defaults
 
     def _proxy(self, options: ControllerSettings, base_url: str) -> Dict[str, Any]:
         """A controller's own proxy, PROXY, or the environment's; "" for "none"."""
@@ -1705,18 +1694,6 @@ class Settings(ValidatedSettings):
     def needs_token(self) -> bool:
         """Whether clients must send a token."""
         return bool(self.bearer_token or self.keys)
-
-    def host_names(self) -> List[str]:
-        """Configured host names of the server, in lower case."""
-        names = [
-            split_address(self.server_address)[0],
-            urllib.parse.urlsplit(self.public_url).hostname,
-        ]
-        return [name.lower() for name in names if name]
-
-    def is_akash_server(self, url: str) -> bool:
-        """Whether Akash's token and cookie may be sent to a URL ("": the default)."""
-        return not url or url_origin(url) == url_origin(self.akash_base_url)
 
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -1735,7 +1712,8 @@ def upstream_controller(text: str, environ: Dict[str, str]) -> ControllerSetting
     OPENAI_BASE_URL, which OpenAI's SDKs use with this key, too. It may be missing for the latter.
     """
     openai = text == "openai"
-    base_url = optional_url(environ.get("OPENAI_BASE_URL", "")) if openai else text
+    base_url = environ.get("OPENAI_BASE_URL", "") if openai else text
+    base_url = http_url(base_url) if base_url else ""
     own = is_openai_server(base_url)
     key = environ.get("OPENAI_API_KEY", "") if openai or own else ""
     if own and environ and not key:
@@ -1765,18 +1743,13 @@ def find_config(file: str, directory: str, problems: List[str]) -> str:
         return file
     directories = [directory] if directory else CONFIG_DIRECTORIES
     paths = [os.path.join(folder, name) for folder in directories for name in FILE_NAMES]
-    for path in paths:
-        if os.path.isfile(path):
-            return path
-    for path in paths:
-        for extension in OTHER_FORMATS:
-            other = path[: -len("json")] + extension
-            if os.path.isfile(other):
-                problems.append(f"configuration: {other}: {NOT_JSON}")
-                return ""
-    if directory:
+    others = [path[: -len("json")] + extension for path in paths for extension in OTHER_FORMATS]
+    found = next(filter(os.path.isfile, [*paths, *others]), "")
+    if found in others:
+        problems.append(f"configuration: {found}: {NOT_JSON}")
+    elif directory and not found:
         problems.append(f"configuration: there is no {' or '.join(FILE_NAMES)} in {directory}")
-    return ""
+    return found if found in paths else ""
 
 
 class ConfigFile:
@@ -2080,8 +2053,10 @@ def from_json_value(item: Any, value: Any) -> Any:
 
 
 def validate(item: Any, value: Any) -> Any:
-    """Apply a setting's check, to each element of a tuple. Raises ValueError."""
+    """Apply a setting's check, to each element of a tuple; a default needs none."""
     check = item.metadata["check"]
+    if value == item.default:
+        return value
     return tuple(map(check, value)) if isinstance(value, tuple) else check(value)
 
 
@@ -2485,15 +2460,10 @@ def request_head(line: str, *fields: Tuple[str, str]) -> bytes:
 
     ProtocolError for a CR, LF or NUL within a line. Cached: an upstream's heads repeat.
     """
-    lines = [line, *[f"{name}: {value}" for name, value in fields], ""]
-    head = "\r\n".join(lines).encode("latin-1")
-    if (
-        head.count(b"\n") != len(fields) + 1
-        or head.count(b"\r") != len(fields) + 1
-        or b"\0" in head
-    ):
+    lines = [line, *[f"{name}: {value}" for name, value in fields]]
+    if re.search("[\r\n\0]", "".join(lines)):
         raise ProtocolError("a header contains a line break")
-    return head
+    return "\r\n".join([*lines, ""]).encode("latin-1")
 
 
 class ConnectionPool(urllib.request.BaseHandler):
@@ -2705,19 +2675,14 @@ def keepalive_seconds(headers: Dict[str, str]) -> float:
     return max(0.0, float(match[1]) - 1) if match else 30.0
 
 
-DONTWAIT = int(
-    getattr(socket, "MSG_DONTWAIT", 0)
-)  # makes one recv() of a blocking socket not block
+# Makes one recv() of a blocking socket not block.
+DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
 PEEK = socket.MSG_PEEK | DONTWAIT
 
 try:
-    from ssl import (
-        SSLEOFError as RaggedEnd,
-        SSLWantReadError as WantRead,
-        SSLWantWriteError as WantWrite,
-    )
+    from ssl import SSLEOFError as RaggedEnd, SSLWantReadError as WantRead
 except ImportError:  # a Python without ssl
-    RaggedEnd = WantRead = WantWrite = BlockingIOError  # type: ignore[misc,assignment]
+    RaggedEnd = WantRead = BlockingIOError  # type: ignore[misc,assignment]
 
 
 def peek(sock: Any) -> Optional[bytes]:
@@ -2871,12 +2836,8 @@ class UpstreamResponse:
         if isinstance(error, APIError):
             return error
         if self.reused and not self.status and not self.head_buffer and self.scope.reason is None:
-            return APIError(
-                502,
-                f"{upstream_name} broke off the connection.",
-                code="connection",
-                category=Category.RETRY,
-            )
+            message = f"{upstream_name} broke off the connection."
+            return APIError(502, message, code="connection", category=Category.RETRY)
         return upstream_error(error, self.scope, upstream_name, in_body=self.body is not NO_BODY)
 
     def reset_idle_deadline(self, started: bool = True) -> None:
@@ -2969,15 +2930,12 @@ class Transport:
         upstream_name: str,
         headers: Dict[str, str],
     ) -> None:
-        def either(value: Optional[float], default: float) -> float:
-            return default if value is None else value
-
         self.upstream_name = upstream_name
         defaults = {"User-Agent": settings.user_agent, "Accept-Encoding": "identity"}
         self.headers = {name.title(): value for name, value in {**defaults, **headers}.items()}
-        self.connect_timeout = either(options.connect_timeout, settings.connect_timeout)
-        self.first_byte_timeout = either(options.first_byte_timeout, settings.first_byte_timeout)
-        self.idle_timeout = either(options.idle_timeout, settings.idle_timeout)
+        self.connect_timeout = options.connect_timeout or settings.connect_timeout
+        self.first_byte_timeout = options.first_byte_timeout or settings.first_byte_timeout
+        self.idle_timeout = options.idle_timeout or settings.idle_timeout
         self.host = urllib.parse.urlsplit(base).hostname or ""
         self.proxy_host = urllib.parse.urlsplit(options.proxy).hostname or ""
         self.session_timeout = settings.session_timeout
@@ -3082,21 +3040,16 @@ def is_exhausted(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in EXHAUSTED
 
 
-class Throttle:
-    """Rate limit for repeated log lines: True at most once in ``seconds``. Any thread."""
-
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.seconds, self.clock, self.next = seconds, clock, -math.inf
-
-    def __call__(self) -> bool:
-        now = self.clock()
-        if now < self.next:
-            return False
-        self.next = now + self.seconds
-        return True
+exhaustion_logged_at = -math.inf  # by time.monotonic()
 
 
-report_exhaustion = Throttle(10.0)
+def log_exhaustion(message: str, error: Exception) -> None:
+    """Log that this machine lacks resources, at most once in 10 seconds. Any thread."""
+    global exhaustion_logged_at
+    now = time.monotonic()
+    if now >= exhaustion_logged_at + 10.0:
+        exhaustion_logged_at = now
+        log.error("%s: %s", message, error)
 
 
 def upstream_error(
@@ -3144,17 +3097,11 @@ def network_problem(error: Exception, in_body: bool) -> str:
 
 def exhausted_error(error: Exception) -> APIError:
     """503: this machine has no descriptors or memory left; logged now and then."""
-    if report_exhaustion():
-        log.error(
-            "this server has no descriptors or memory left for connections to upstreams: %s", error
-        )
-    return APIError(
-        503,
-        "This server is out of resources for more requests.",
-        code="overloaded",
-        retry_after=1,
-        category=Category.LOCAL,
+    log_exhaustion(
+        "this server has no descriptors or memory left for connections to upstreams", error
     )
+    message = "This server is out of resources for more requests."
+    return APIError(503, message, code="overloaded", retry_after=1, category=Category.LOCAL)
 
 
 def unexpected_error(error: Exception, upstream_name: str) -> APIError:
@@ -4854,11 +4801,7 @@ NAMED_STATUS = {
 }
 # fmt: on
 # Codes of errors that come without one.
-DEFAULT_CODES = {
-    Category.MODEL: "model_not_found",
-    Category.SERVER: "upstream_error",
-    Category.UNSUPPORTED: "upstream_error",
-}
+DEFAULT_CODES = {Category.MODEL: "model_not_found", Category.UNSUPPORTED: "upstream_error"}
 
 
 def error_from_body(
@@ -4915,7 +4858,6 @@ def auth_error(message: str, status: int) -> APIError:
     return APIError(
         424,
         message,
-        type="invalid_request_error",
         code="upstream_auth",
         category=Category.AUTH,
         retry=False,
@@ -7570,11 +7512,9 @@ MAX_MODEL_COOLDOWNS = 256  # cool-downs of single models per controller
 class CoolDown:
     """Consecutive failures of one category; ``until`` is the end by the pool's clock."""
 
-    def __init__(self, until: float = 0.0) -> None:
-        self.until = until
-        self.failures, self.failed_at = 0, -math.inf
-        self.recheck_at = math.inf
-        self.asks_upstream = True  # it may report when the limit is over
+    until, failures, failed_at = 0.0, 0, -math.inf
+    recheck_at = math.inf
+    asks_upstream = True  # it may report when the limit is over
 
     def record_failure(
         self, now: float, started: float, after: int, seconds: Optional[float]
@@ -7696,8 +7636,8 @@ class Upstream:
         return self.cooldowns[key]
 
     def _model_key(self, model: str) -> str:
-        """The upstream's name of a model, truncated."""
-        return self.options.model_map.get(model, model)[:MAX_NAME]
+        """The upstream's name of a model."""
+        return self.options.model_map.get(model, model)
 
     def _applicable(self, model: str, ignored: Tuple[Category, ...]) -> List[CoolDown]:
         """The cool-downs that apply to a model, except for the ignored categories."""
@@ -7793,11 +7733,8 @@ def model_allowed(patterns: Tuple[str, ...], model: str) -> bool:
 
     An empty name matches none, as the upstream could use any model.
     """
-    return (
-        not patterns
-        or model != ""
-        and any(fnmatch.fnmatchcase(model, pattern) for pattern in patterns)
-    )
+    matches = (fnmatch.fnmatchcase(model, pattern) for pattern in patterns)
+    return not patterns or model != "" and any(matches)
 
 
 class Waiter:
@@ -7813,13 +7750,8 @@ class Waiter:
         self, queue: "CallQueue", exchange: "Exchange", upstreams: List[Upstream], deadline: float
     ) -> None:
         self.queue, self.exchange, self.deadline = queue, exchange, deadline
-        self.known = self.candidates = upstreams
-        if exchange.unsupported:
-            self.known = self.candidates = [
-                up for up in upstreams if up not in exchange.unsupported
-            ]
-        if exchange.tried:
-            self.candidates = [up for up in self.known if up not in exchange.tried]
+        self.known = [up for up in upstreams if up not in exchange.unsupported]
+        self.candidates = [up for up in self.known if up not in exchange.tried]
         is_only = len(self.known) == 1 and not exchange.other_models
         self.ignored = BACKOFF_CATEGORIES if is_only else ()
         self.upstream: Optional[Upstream] = None
@@ -7940,15 +7872,12 @@ def enforce_deadlines() -> None:
 
 def ask_upstream(upstream: Upstream) -> Tuple[bool, str]:
     """Ask for the model list: whether it came, and a sentence on the upstream's state."""
-    options, started_at = upstream.options, time.monotonic()
-    error: Optional[APIError] = None
-    try:
-        count = len(upstream.controller.models())
-    except Exception as failure:
-        error = controller_error(failure, upstream.name)
+    started_at = time.monotonic()
+    _, names, error = upstream.list_models()
     seconds = time.monotonic() - started_at
     if error is None:
-        key = "key accepted" if options.api_key else "no key needed"
+        key = "key accepted" if upstream.options.api_key else "no key needed"
+        count = len(names or ())
         state = f"reachable, {key}, {count} model{'s' if count != 1 else ''}"
     elif error.category is Category.AUTH:
         state = f"reachable, key rejected: {error.message}"
@@ -7999,17 +7928,12 @@ class Pool:
         self.queue: CallQueue = previous.queue if previous else CallQueue(self.lock)
         self.upstreams: List[Upstream] = make_upstreams(settings, previous)
         self.enabled = [upstream for upstream in self.upstreams if upstream.options.weight > 0]
-        choices: Dict[str, Callable[[List[Upstream]], Upstream]] = {
-            "balanced": weighted_round_robin,
-            "random": weighted_random,
-            "least_busy": least_connections,
-            "affinity": weighted_round_robin,  # of calls that belong to no conversation
-        }
-        self.choose = choices[settings.pool_type]
+        choices = {"random": weighted_random, "least_busy": least_connections}
+        self.choose = choices.get(settings.pool_type, weighted_round_robin)
         self.refresh_at = self.model_names_refresh_at = -math.inf
         self.model_names: frozenset[str] = frozenset()  # of all lists
         # By model, until a list changes.
-        self._cached_candidates = functools.lru_cache(maxsize=256)(self._candidates)
+        self.candidates = functools.lru_cache(maxsize=256)(self._candidates)
 
     # -- the upstream of an attempt
 
@@ -8185,13 +8109,8 @@ class Pool:
             if self.queue.lines:
                 self._resume_ready(now, freed=upstream)
 
-    def candidates(self, model: str) -> List[Upstream]:
-        """Upstreams that are known to offer a model, else those that may."""
-        if len(model) > 256:  # clients choose the names: the cache must not keep large ones
-            return self._candidates(model)
-        return self._cached_candidates(model)
-
     def _candidates(self, model: str) -> List[Upstream]:
+        """Upstreams that are known to offer a model, else those that may."""
         sure = [upstream for upstream in self.enabled if upstream.serves(model)]
         return sure or [upstream for upstream in self.enabled if upstream.serves(model) is None]
 
@@ -8225,9 +8144,8 @@ class Pool:
             log.info("model lists: %s", error.message)
         finally:
             incomplete = any(upstream.known_models is None for upstream in self.upstreams)
-            self.refresh_at = self.clock() + (
-                Cache.RETRY if incomplete else self.settings.models_ttl
-            )
+            seconds = Cache.RETRY if incomplete else self.settings.models_ttl
+            self.refresh_at = self.clock() + seconds
 
     def models(self) -> List[Dict[str, Any]]:
         """The union of all model lists, each model once. Raises APIError if it is empty."""
@@ -8240,7 +8158,7 @@ class Pool:
                     first = union.setdefault(model["id"], model)
                     if CONTEXT_FIELDS[0] not in first:
                         union[model["id"]] = with_context_length(first, model)
-            self._cached_candidates.cache_clear()
+            self.candidates.cache_clear()
         self.model_names = frozenset(union)
         self.model_names_refresh_at = self.clock() + min(Cache.RETRY, self.settings.models_ttl)
         if union:
@@ -8248,11 +8166,8 @@ class Pool:
         errors = [error for _, _, error in lists.values() if error]
         if len(errors) == 1:
             raise errors[0]
-        raise APIError(
-            503,
-            "No controller lists its models at the moment.",
-            retry_after=Cache.RETRY,
-        )
+        message = "No controller lists its models at the moment."
+        raise APIError(503, message, retry_after=Cache.RETRY)
 
     def image(self, name: str, scope: CancelScope) -> UpstreamResponse:
         """An image from the first controller that has it. Raises APIError if none does."""
@@ -10370,11 +10285,9 @@ class SelectorPoller:
 
     def register(self, descriptor: int, events: int) -> None:
         """Register a socket; OSError if select() has no room for it."""
-        if isinstance(self.selector, selectors.SelectSelector) and (
-            len(self.selector.get_map()) >= self.MAX_SELECT
-            if os.name == "nt"
-            else descriptor >= 1024
-        ):
+        count = len(self.selector.get_map())
+        is_full = count >= self.MAX_SELECT if os.name == "nt" else descriptor >= 1024
+        if is_full and isinstance(self.selector, selectors.SelectSelector):
             raise OSError(errno.EMFILE, "select() can't watch more sockets")
         self.selector.register(descriptor, self._mask(events))
 
@@ -10831,8 +10744,7 @@ class Connection:
         try:
             self.server.submit(task)
         except RuntimeError as error:  # the system allows no more threads
-            if report_exhaustion():
-                log.error("cannot handle a request: %s", error)
+            log_exhaustion("cannot handle a request", error)
             if request.writer.status:
                 self.disconnect()
             else:
@@ -11221,8 +11133,7 @@ class StreamRelay:
 
     def start(self) -> None:
         """Take over from the worker that has sent the request to the upstream."""
-        if self.upstream.gettimeout() != 0:
-            self.upstream.setblocking(False)
+        self.upstream.setblocking(False)
         if self.connection.state is State.CLOSED:
             self.on_client_disconnect()
             return
@@ -11243,13 +11154,10 @@ class StreamRelay:
         self.loop.call_soon_threadsafe(self.connection.end_request)
 
     def abort(self) -> None:
-        """Close the upstream, and the client if it still waits, after a bug."""
-        client_waiting = not self.client_done
-        self.client_done = True
+        """Close the upstream, and the client if it still waits."""
         self._release()
-        if client_waiting:
+        if not self.client_done:
             self.connection.disconnect()
-            self.connection.end_request()
 
     def on_upstream(self) -> None:
         """Read once from the readable upstream, and write once to the client."""
@@ -11309,11 +11217,8 @@ class StreamRelay:
             self._end_response(frames)
 
     def _is_buffered(self) -> bool:
-        if not self.call.stream:
-            return True
-        return self.call.attempt.content_type is not None and isinstance(
-            self.stream.decoder, BufferedBody
-        )
+        is_relayed = self.call.attempt.content_type is not None
+        return not self.call.stream or is_relayed and isinstance(self.stream.decoder, BufferedBody)
 
     def _end_response(self, frames: bytes) -> None:
         """Send the last frames, and let the connection read its next request."""
@@ -11337,9 +11242,7 @@ class StreamRelay:
     def _fail(self, error: Exception) -> None:
         """Fail over on a worker, or after the first event send an error frame."""
         if self.client_done or not isinstance(error, APIError):
-            self._release()
-            if not self.client_done:
-                self.connection.disconnect()
+            self.abort()
         elif self.exchange.committed:
             frames = self.responder.error_trailer(error)
             self._release(error)
@@ -11411,11 +11314,8 @@ class KeyLimiter:
         """
         concurrency, rate = self.options.max_concurrency, self.options.requests_per_minute
         if count > rate > 0:
-            raise bad_request(
-                f"'n' must be at most {rate}: the limit of the key {self.name!r} is "
-                f"{rate} per minute.",
-                "n",
-            )
+            limit = f"the limit of the key {self.name!r} is {rate} per minute"
+            raise bad_request(f"'n' must be at most {rate}: {limit}.", "n")
         with self.lock:
             now = self.clock()
             next_free = max(self.next_free, now) + (60 * count / rate if rate else 0)
@@ -11429,11 +11329,8 @@ class KeyLimiter:
 
     def _reject(self, limit: str, seconds: float) -> APIError:
         self.rejected += 1
-        return APIError(
-            429,
-            f"Too many requests: the limit of the key {self.name!r} is {limit}.",
-            retry_after=seconds,
-        )
+        message = f"Too many requests: the limit of the key {self.name!r} is {limit}."
+        return APIError(429, message, retry_after=seconds)
 
     def release(self) -> None:
         with self.lock:
@@ -11765,11 +11662,8 @@ class Gate:
         """Check the declared size and Expect; APIError 413, 417 or 503."""
         head = request.head
         check_body_size(decoder.remaining, request.settings)
-        if (
-            request.body_unread
-            and head.http_minor == "1"
-            and head.headers.get("expect", "100-continue").lower() != "100-continue"
-        ):
+        expect = head.headers.get("expect", "100-continue")
+        if request.body_unread and head.http_minor == "1" and expect.lower() != "100-continue":
             raise APIError(417, "Only 'Expect: 100-continue' is supported.")
         # A declared length is compared with the limit but does not count: otherwise clients
         # that declare much and send nothing would lock out all others.
@@ -11791,9 +11685,7 @@ class Gate:
         """
         settings, headers = request.settings, request.head.headers
         host, origin = headers.get("host", ""), headers.get("origin")
-        if origin and not origin_allowed(
-            origin, host, settings.public_url, settings.cors_origins, settings.needs_token
-        ):
+        if origin and not origin_allowed(origin, host, settings):
             raise APIError(
                 403,
                 f"Pages from the origin {origin[:200]!r} may not use this server. Allowed origins "
@@ -11801,11 +11693,8 @@ class Gate:
                 code="origin_not_allowed",
                 retry=False,
             )
-        if (
-            self.server.is_loopback
-            and not settings.needs_token
-            and not (is_local(host) or host_allowed(host, settings.host_names()))
-        ):
+        is_open = self.server.is_loopback and not settings.needs_token
+        if is_open and not (is_local(host) or host_allowed(host, settings)):
             raise APIError(
                 403,
                 f"The host name {host[:200]!r} is not allowed. Set PUBLIC_URL to allow it, or "
@@ -11922,11 +11811,8 @@ def own_url(request: Request) -> str:
 
 def acquire_key(request: Request, key: KeyLimiter, call: Call) -> None:
     """Apply the limits of the request's key to a call; APIError 429. Worker thread."""
-    n = (
-        (call.original.body or {}).get("n")
-        if call.original.path.startswith("/v1/images/")
-        else None
-    )
+    is_image = call.original.path.startswith("/v1/images/")
+    n = as_dict(call.original.body).get("n") if is_image else None
     key.acquire(call.image_count or (n if type(n) is int and n > 0 else 1))
     request.counted = True
     call.key_name = key.name
@@ -11947,9 +11833,7 @@ def cors_headers(request: Request) -> str:
     if "*" in settings.cors_origins or not settings.cors_origins and settings.needs_token:
         return CORS_ANY
     origin = headers.get("origin", "")
-    if origin and origin_allowed(
-        origin, headers.get("host", ""), settings.public_url, settings.cors_origins, False
-    ):
+    if origin and origin_allowed(origin, headers.get("host", ""), settings):
         return f"Vary: Origin\r\n{CORS_ANY.replace('*', origin)}"
     return "Vary: Origin\r\n"
 
@@ -11975,20 +11859,19 @@ def is_local(authority: str) -> bool:
         return False
 
 
-def host_allowed(authority: str, own: Iterable[str]) -> bool:
+def host_allowed(authority: str, settings: Settings) -> bool:
     """Return whether a server on loopback accepts a Host that is not local.
 
     DNS rebinding: a page's domain is made to resolve to 127.0.0.1, so its requests are same-origin
-    and only Host shows the foreign domain. Accepted are ``own``, the configured names, and names
-    without a dot, which no public domain is.
+    and only Host shows the foreign domain. Accepted are the configured names, and names without a
+    dot, which no public domain is.
     """
-    host = host_of(authority)
-    return "." not in host and ":" not in host or host in own
+    host, own = host_of(authority), split_address(settings.server_address)[0].lower()
+    is_own = host in (own, urllib.parse.urlsplit(settings.public_url).hostname)
+    return is_own or "." not in host and ":" not in host
 
 
-def origin_allowed(
-    origin: str, host: str, public_url: str, allowed_origins: Tuple[str, ...], needs_token: bool
-) -> bool:
+def origin_allowed(origin: str, host: str, settings: Settings) -> bool:
     """Return whether pages of an origin may use the server.
 
     Its own page and CORS_ORIGINS may. If that is empty: all origins if a token is required,
@@ -11996,23 +11879,14 @@ def origin_allowed(
     """
     scheme, _, authority = origin.lower().partition("://")
     is_web = scheme in ("http", "https")
-    if (
-        is_web
-        and host
-        and authority == host.lower()
-        or public_url
-        and origin.lower() == origin_of(public_url)
-    ):
+    if is_web and authority == host.lower() != "":
         return True
-    if allowed_origins:
-        return "*" in allowed_origins or origin.lower() in allowed_origins
-    return needs_token or is_web and is_local(authority)
-
-
-def origin_of(url: str) -> str:
-    """Return the origin of an http(s) URL."""
-    parts = urllib.parse.urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc}".lower()
+    public_url = settings.public_url.lower()
+    if public_url and f"{origin.lower()}/" == urllib.parse.urljoin(public_url, "/"):
+        return True
+    if settings.cors_origins:
+        return "*" in settings.cors_origins or origin.lower() in settings.cors_origins
+    return settings.needs_token or is_web and is_local(authority)
 
 
 class ResponseFile(io.RawIOBase):
@@ -12240,9 +12114,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             pass  # the access log says 499
         except Exception:
             self.server.handle_error(self.request, self.client_address)
-            self.send_api_error(
-                APIError(500, "Internal error. The log has the details.", retry=False)
-            )
+            message = "Internal error. The log has the details."
+            self.send_api_error(APIError(500, message, retry=False))
         if not continues:
             self.server.loop.call_soon_threadsafe(self.request.connection.end_request)
 
@@ -12562,16 +12435,6 @@ def find_route(method: str, path: str) -> Route:
 
 # -- the log
 
-_NOT_ASCII = re.compile("[^ -~]+")
-
-
-def escape_match(match: "re.Match[str]") -> str:
-    """Escape the unprintable characters of a match."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
-        for char in match[0]
-    )
-
 
 def rfc3339(timestamp: float) -> str:
     """Format a Unix time as local time with its zone: 2026-01-31T12:00:00.123+01:00."""
@@ -12591,7 +12454,13 @@ class LogFormat(logging.Formatter):
         self.style = style
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = _NOT_ASCII.sub(escape_match, shorten(record.message, 4000))
+        text = shorten(record.message, 4000)
+        if not text.isprintable():
+            text = "".join(
+                char if char.isprintable() else char.encode("unicode_escape").decode()
+                for char in text
+            )
+        record.message = text
         return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:
@@ -12790,11 +12659,8 @@ class Server(http.server.ThreadingHTTPServer):
         if settings.server_address != self.settings.server_address:
             log.warning("the address remains %s until a restart", self.settings.server_address)
         previous = self.pool
-        self.pool, self.keys, self.settings = (
-            Pool(settings, previous),
-            key_limiters(settings, self.keys),
-            settings,
-        )
+        pool, keys = Pool(settings, previous), key_limiters(settings, self.keys)
+        self.pool, self.keys, self.settings = pool, keys, settings
         previous.close(keep=self.pool.upstreams)
 
     def __enter__(self) -> "Server":
@@ -12814,8 +12680,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             self.accept_ready(64)  # bounded, so that a burst does not delay other connections
         except OSError as error:  # out of descriptors; on_tick() resumes
-            if report_exhaustion():
-                log.error("cannot accept a connection: %s", error)
+            log_exhaustion("cannot accept a connection", error)
             self.loop.remove(self.socket)
             self.accept_paused = True
 
@@ -12916,22 +12781,16 @@ def ending(request: Request) -> str:
     return "whole" if writer.status < 400 else "refused"
 
 
-def trace_id(traceparent: str) -> str:
-    """Return the trace id of a W3C traceparent header; "" if it is malformed."""
-    match = _TRACEPARENT.fullmatch(traceparent)
-    return match[1] if match else ""
-
-
 def log_access(request: Request, now: float) -> None:
     """Write a request's line of the access log, probes at debug level."""
     is_probe = request.route.label in PROBE_ROUTES and request.writer.status == 200
     level = logging.DEBUG if is_probe else logging.INFO
     if not log.isEnabledFor(level):
         return
-    record, usage, writer = request.record, request.record.usage or {}, request.writer
-    counted: Dict[str, Any] = {} if is_estimated(usage) else usage
-    estimated = usage if is_estimated(usage) else {}
-    started_at = request.started_at
+    record, writer, started_at = request.record, request.writer, request.started_at
+    usage: Dict[str, Any] = record.usage or {}
+    counted, estimated = ({}, usage) if is_estimated(usage) else (usage, {})
+    trace = _TRACEPARENT.fullmatch(request.head.headers.get("traceparent", ""))
     facts = {
         "client": client_address(request),
         "key": request.key.name if request.key else "",
@@ -12949,7 +12808,7 @@ def log_access(request: Request, now: float) -> None:
         "tokens_out": counted.get("completion_tokens"),
         "estimated_in": estimated.get("prompt_tokens"),
         "estimated_out": estimated.get("completion_tokens"),
-        "trace": trace_id(request.head.headers.get("traceparent", "")),
+        "trace": trace[1] if trace else "",
         "id": request.id,
     }
     text = " ".join(
@@ -12969,9 +12828,7 @@ def join_address(host: str, port: int) -> str:
 def _family(host: str, port: int) -> Tuple[int, str]:
     """Return the address family and numeric host to bind to; "": all interfaces."""
     if not host:
-        return (
-            (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "0.0.0.0")
-        )
+        host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError:
@@ -14024,14 +13881,9 @@ class LogWriter(logging.Handler):
         self.descriptor = descriptor
         self.lines: Queue[Any] = Queue(self.SIZE)  # bytes, or an Event of flush()
         self.dropped, self.count_lock = 0, threading.Lock()
-        self.thread: Optional[threading.Thread] = None
+        threading.Thread(target=self.write_all, name="akashproxy log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.thread is None:
-            self.thread = threading.Thread(
-                target=self.write_all, args=(self.lines,), name="akashproxy log", daemon=True
-            )
-            self.thread.start()
         try:
             self.lines.put_nowait((self.format(record) + "\n").encode("utf-8", "backslashreplace"))
         except Full:
@@ -14043,12 +13895,12 @@ class LogWriter(logging.Handler):
         with self.count_lock:
             self.dropped += count
 
-    def write_all(self, lines: Queue[Any]) -> None:
+    def write_all(self) -> None:
         while True:
-            batch = [lines.get()]
+            batch = [self.lines.get()]
             time.sleep(self.DELAY)
-            while len(batch) < self.MAX_BATCH and not lines.empty():
-                batch.append(lines.get())
+            while len(batch) < self.MAX_BATCH and not self.lines.empty():
+                batch.append(self.lines.get())
             unwritten = self.write(b"".join(item for item in batch if isinstance(item, bytes)))
             if unwritten:
                 self.drop(unwritten.count(b"\n"))
@@ -14082,9 +13934,8 @@ class LogWriter(logging.Handler):
         """Wait until the queued lines are written, up to FLUSH_TIMEOUT."""
         written = threading.Event()
         with contextlib.suppress(Full):
-            if self.thread is not None:
-                self.lines.put(written, timeout=self.FLUSH_TIMEOUT)
-                written.wait(self.FLUSH_TIMEOUT)
+            self.lines.put(written, timeout=self.FLUSH_TIMEOUT)
+            written.wait(self.FLUSH_TIMEOUT)
 
 
 def parse_flags(argv: List[str]) -> Any:
@@ -14108,6 +13959,14 @@ def parse_flags(argv: List[str]) -> Any:
     return options
 
 
+ACTIONS = {
+    "--demo": "use a built-in simulation of Akash Chat: no network needed",
+    "--check": "validate and print the effective settings, and exit",
+    "--ask": "with --check: ask each controller for its models, and exit with 1 if one fails",
+    "--health": "query /health of a running server, and exit with 0 if it is healthy, else 1",
+}
+
+
 def argument_parser() -> Any:
     """Return the argument parser: a flag for each setting, and the actions."""
     import argparse
@@ -14125,26 +13984,8 @@ def argument_parser() -> Any:
         "which overrides the file.",
     )
     parser.add_argument("--version", action="version", version=f"akashproxy {__version__}")
-    parser.add_argument(
-        "--demo",
-        action="store_true",
-        help="use a built-in simulation of Akash Chat: no network needed",
-    )
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="validate and print the effective settings, and exit",
-    )
-    parser.add_argument(
-        "--ask",
-        action="store_true",
-        help="with --check: ask each controller for its models, and exit with 1 if one fails",
-    )
-    parser.add_argument(
-        "--health",
-        action="store_true",
-        help="query /health of a running server, and exit with 0 if it is healthy, else 1",
-    )
+    for flag, text in ACTIONS.items():
+        parser.add_argument(flag, action="store_true", help=text)
     group = parser.add_argument_group("settings")
     for item in setting_fields(Settings).values():
         default = default_text(item)
@@ -14214,11 +14055,9 @@ def container_flags() -> List[str]:
     """
     with contextlib.suppress(OSError):
         with open("/proc/1/cmdline", "rb") as file:
-            arguments = [
-                part.decode("utf-8", "surrogateescape") for part in file.read().split(b"\0")
-            ]
+            arguments = os.fsdecode(file.read()).split("\0")
         if sys.argv[0] in arguments:
-            return [part for part in arguments[arguments.index(sys.argv[0]) + 1 :] if part]
+            return list(filter(None, arguments[arguments.index(sys.argv[0]) + 1 :]))
     return []
 
 
@@ -14297,12 +14136,6 @@ def set_signal_mask(action: str) -> None:
         signal.pthread_sigmask(getattr(signal, action), {signal.SIGINT, signal.SIGTERM, SIGHUP})
 
 
-def flush_logs() -> None:
-    """Write the queued log lines; blocks for at most LogWriter's limit. Any thread."""
-    for handler in logging.root.handlers:
-        handler.flush()
-
-
 class Signals:
     """Queue of received signals. Main thread.
 
@@ -14321,7 +14154,7 @@ class Signals:
             self.stops += 1
             if self.stops > 1:
                 # On a thread: the handler may have interrupted a put() that holds the queue's lock.
-                flushing = threading.Thread(target=flush_logs, daemon=True)
+                flushing = threading.Thread(target=logging.shutdown, daemon=True)
                 flushing.start()
                 flushing.join(1.0)
                 os._exit(0)
