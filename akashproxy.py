@@ -3202,7 +3202,6 @@ class Step(Generic[Input]):
     error: Optional[APIError] = None  # ends the answer, to be raised after the events returned
     started = False  # content has arrived; an opening alone may still fail over
     complete = False  # the answer is complete; a Finish event says so as well
-    ended = False  # the same, but what may follow is passed on, too
     stopped = False  # a filter has ended the answer, so the upstream should stop
     has_fast_path = False  # fast_path() may succeed
 
@@ -3447,8 +3446,6 @@ class EventStream:
                     response.scope.timeout_message = response.timeouts.idle_message
                 if decoder.complete or events and type(events[-1]) is Finish:
                     self.mark_complete()
-                elif decoder.ended:
-                    self._shorten_timeouts()
             if response.body.done:
                 self.at_eof = True
                 if not self.complete and not self.error:
@@ -3479,9 +3476,6 @@ class EventStream:
         """
         self.started = self.complete = True
         self.error, self.at_eof = None, self.decoder.stopped
-        self._shorten_timeouts()
-
-    def _shorten_timeouts(self) -> None:
         self.response.timeouts = cached_timeouts(
             self.response.timeouts.upstream_name, self.DRAIN_TIMEOUT, self.DRAIN_TIMEOUT
         )
@@ -3494,10 +3488,6 @@ class EventStream:
         self.at_eof = True
         if self.complete:
             return []
-        if self.decoder and self.decoder.ended:
-            self.complete = True
-            remaining: List[Event] = self.decoder.close()
-            return remaining
         try:
             self.error = self.response.to_api_error(error)
         except (APIError, ClientDisconnected) as reason:  # the scope was cancelled
@@ -7036,27 +7026,29 @@ def merge_counts(earlier: Dict[str, Any], later: Dict[str, Any]) -> Dict[str, An
 
 
 class StreamEnd(NamedTuple):
-    """The end of a path's streams: each complete one has a match of the pattern."""
+    """The end of a path's streams: each complete one has a match of the pattern.
+
+    Group 1 is the line break after the last event.
+    """
 
     pattern: Pattern[bytes]
     hints: Tuple[bytes, ...]  # one is in every match, and rfind() is faster than the pattern
     mid_stream: Tuple[bytes, ...] = ()  # ends of typical events that need no search for a match
-    last_events: Tuple[bytes, ...] = ()  # in matches that nothing needs to follow
 
-    def find(self, data: bytes) -> bytes:
-        """Return the match; b"" without one."""
-        # From the end, where the marks are: half of the decoder's time for 200 tokens at once.
-        matches = (
-            self.pattern.search(data, max(0, at - 12)) or self.pattern.search(data)
-            for at in map(data.rfind, self.hints)
-            if at >= 0
-        )
-        match = next(filter(None, matches), None)
-        return match[0] if match else b""
+    def matches(self, data: bytes) -> Iterable["re.Match[bytes]"]:
+        """Return the matches in data."""
+        hints = [hint for hint in self.hints if data.rfind(hint) >= 0]
+        if not hints:
+            return ()
+        # Half of the decoder's time for 200 tokens at once, as the marks are at their end.
+        start = min(map(data.find, hints))
+        return self.pattern.finditer(data, max(0, start - 64))
 
 
+DONE = rb"(?:^|[\r\n])data: *\[DONE\] *(\r\n?|\n|$)"
+DONE_ONLY = StreamEnd(re.compile(DONE), (b"[DONE]",))
 CHAT_END = StreamEnd(
-    re.compile(rb'^data: *\[DONE\][ \r]*$|"finish_reason" ?: ?"(?!null")[A-Za-z]', re.M),
+    re.compile(DONE + rb'|"finish_reason" ?: ?"(?!null")[A-Za-z]'),
     (b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"finish_reason" :'),
     (
         b'"finish_reason":null}]}\n\n',
@@ -7068,14 +7060,16 @@ STREAM_ENDS = {
     CHAT_PATH: CHAT_END,
     "/v1/completions": CHAT_END,
     "/v1/messages": StreamEnd(
-        re.compile(rb'"type" ?: ?"(?:message_stop|error)"|"stop_reason" ?: ?"[a-z]'),
+        re.compile(
+            rb'"type" ?: ?"(?:message_stop"[^\r\n]*(\r\n?|\n|$)|error")|"stop_reason" ?: ?"[a-z]'
+        ),
         (b"message_stop", b"error", b'"stop_reason":"', b'"stop_reason": "'),
-        last_events=(b"message_stop",),
     ),
     "/v1/responses": StreamEnd(
-        re.compile(rb'"type" ?: ?"(?:response\.(?:completed|incomplete|failed)|error)"'),
+        re.compile(
+            rb'"type" ?: ?"(?:response\.(?:completed|incomplete|failed)"[^\r\n]*(\r\n?|\n|$)|error")'
+        ),
         (b"response.completed", b"response.incomplete", b"response.failed", b"error"),
-        last_events=(b"response.",),
     ),
 }
 
@@ -7112,7 +7106,7 @@ class PassthroughDecoder(Decoder):
     Only the opening and the end are parsed; secrets are redacted from errors. What precedes the
     first content is held back, since until then another controller may still answer. Only complete
     lines are passed on, so that an error event can follow if the upstream breaks off. Every
-    complete stream has the ``end`` of its path; if that is None, the end of the HTTP message
+    complete stream has the ``end`` of its path; if there is none, the end of the HTTP message
     suffices. ``model`` replaces the name of the answer's model.
     """
 
@@ -7127,10 +7121,10 @@ class PassthroughDecoder(Decoder):
         secrets: Iterable[str] = (),
         model: str = "",
     ) -> None:
-        self.upstream_name, self.end, self.secrets = upstream_name, end, secrets
+        self.upstream_name, self.end, self.secrets = upstream_name, end or DONE_ONLY, secrets
         self.rename = ModelName(model)
         self.end_seen = end is None
-        self.mid_stream = end.mid_stream if end and not model else ()
+        self.mid_stream = () if model else self.end.mid_stream
         self.buffer = bytearray()  # an incomplete line
         self.opening = bytearray()  # what precedes the first content
         self.first_usage: Dict[str, Any] = {}  # that of the opening; Anthropic's counts the prompt
@@ -7183,20 +7177,15 @@ class PassthroughDecoder(Decoder):
         return b""
 
     def _find_end(self, data: bytes) -> bytes:
-        """Return the data up to [DONE], if it contains that; look for the stream's end."""
-        if self.end and not self.ended:
-            match = self.end.find(data)
-            self.end_seen = self.end_seen or match != b""
-            self.ended = any(event in match for event in self.end.last_events)
-        at = data.rfind(b"[DONE]")  # much faster than find() and the pattern
-        if at >= 0 and data.rfind(b"[DONE]", 0, at) >= 0:
-            at = data.find(b"[DONE]")  # the first one of several ends the answer
-        done = DONE.search(data, max(0, at - 64)) if at >= 0 else None
-        if done is None or self.complete:
-            return data
-        self.complete = self.end_seen = True
-        # [DONE] ends the relay at once: append the blank line, which may still be in transit
-        return data if data[done.end() :] == done[1] else data[: done.end()] + done[1]
+        """Return the data up to the last event, if it contains that; look for the stream's end."""
+        for match in self.end.matches(data):
+            self.end_seen, line_break = True, match[1]
+            if line_break:
+                self.complete = True
+                # ends the relay at once: append the blank line, which may still be in transit
+                rest = data[match.end() :]
+                return data if rest == line_break else data[: match.end()] + line_break
+        return data
 
     def _without_opening(self, data: bytes) -> bytes:
         """Hold data back until the first content; set ``error`` if an error comes instead."""
@@ -7228,7 +7217,7 @@ class PassthroughDecoder(Decoder):
     def close(self) -> List[Event]:
         data = bytes(self.opening + self.buffer)
         self.buffer, self.opening = bytearray(), bytearray()
-        if self.end and not self.end_seen and not self.end.find(data):
+        if not self.end_seen and not any(self.end.matches(data)):
             self.error = truncated(self.upstream_name)
             return self.flush()
         data = self.rename(data)
@@ -7244,7 +7233,6 @@ class PassthroughDecoder(Decoder):
 
 
 DATA_LINE = re.compile(rb"(?:^|[\r\n]|^\xef\xbb\xbf)(data|error):([^\r\n]*)(?=[\r\n])")
-DONE = re.compile(rb"(?:^|[\r\n])data: *\[DONE\] *(\r\n?|\n)")
 OPENING_TYPES = re.compile(
     r"ping|keepalive|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)"
 )
