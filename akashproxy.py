@@ -1035,7 +1035,6 @@ class Answer:
     tools: List[ToolCall] = field(default_factory=list)
     images: List[Image] = field(default_factory=list)
     finish: Finish = Finish("stop")
-    annotations: List[Dict[str, Any]] = field(default_factory=list)
 
 
 def fold(events: Iterable[Event]) -> Answer:
@@ -3323,11 +3322,6 @@ def take_complete_lines(buffer: bytearray, data: bytes) -> bytes:
     return lines
 
 
-def error_event(value: bytes) -> bytes:
-    """Data of an event for a field "error", which llama.cpp has sent before 2026."""
-    return b'{"error":%b}' % value
-
-
 class EventLines:
     """Splits an event stream into events, as the WHATWG's HTML standard defines them.
 
@@ -3370,7 +3364,7 @@ class EventLines:
             elif line.startswith(b"event:"):
                 self.type = line[6:].strip()[:100]
             elif line.startswith(b"error:"):
-                yield b"error", error_event(line[6:])
+                yield b"error", line[6:]  # llama.cpp's before 2026
 
     def close(self) -> Iterator[Tuple[bytes, bytes]]:
         """Yield the last event, whose blank line may be missing."""
@@ -6675,7 +6669,7 @@ class CallInProgress:
     """
 
     _MARKS = re.compile(r'\\.?|["{}\[\]]', re.S)
-    EMPTY = ("", "{}", "null")  # some servers begin with it
+    EMPTY = ("", "{}", "null", '""')  # some servers begin with it
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -6684,7 +6678,6 @@ class CallInProgress:
         self.extra: Dict[str, Any] = {}  # the upstream's own fields
         self.arguments: List[str] = []  # their fragments
         self.size = 0  # characters of them
-        self.quoted: List[str] = []  # fragments of a string that contains them
         self.depth, self.in_string, self.opened = 0, False, False
         self.escape = ""  # a backslash whose character is still to come
 
@@ -6697,8 +6690,6 @@ class CallInProgress:
 
         Some servers send with each fragment all of them so far, or at the end all of them again.
         """
-        if not self.size:
-            text = self._decode_string(text)
         if self.opened and self.size <= len(text) and text.startswith("".join(self.arguments)):
             text = text[self.size :]
         if self.size and self.complete:
@@ -6709,18 +6700,6 @@ class CallInProgress:
         self.arguments.append(text)
         self.size += len(text)
         return text
-
-    def _decode_string(self, text: str) -> str:
-        """Return the arguments in a JSON string (encoded twice) once it is complete."""
-        if not self.quoted and text.lstrip()[:1] != '"':
-            return text
-        self.quoted.append(text)
-        self._scan(text)
-        if self.in_string:
-            return ""
-        decoded = json_or_none("".join(self.quoted).encode("utf-8", "replace"))
-        self.quoted, self.depth, self.opened = [], 0, False
-        return as_str(decoded)
 
     def _scan(self, text: str) -> None:
         marks = self._MARKS.findall(self.escape + text)
@@ -7191,7 +7170,7 @@ class PassthroughDecoder(Decoder):
         """Hold data back until the first content; set ``error`` if an error comes instead."""
         self.opening += data
         for line in DATA_LINE.finditer(data):
-            value = line[2].strip() if line[1] == b"data" else error_event(line[2])
+            value = line[1].strip()
             event = json_or_none(value) if value.startswith(b"{") else None
             if value == b"[DONE]":
                 self.error = truncated(self.upstream_name, "ended its answer before it began")
@@ -7232,7 +7211,7 @@ class PassthroughDecoder(Decoder):
         return [RawBytes(b"\n")] if self.started and not between_events else []
 
 
-DATA_LINE = re.compile(rb"(?:^|[\r\n]|^\xef\xbb\xbf)(data|error):([^\r\n]*)(?=[\r\n])")
+DATA_LINE = re.compile(rb"(?:^|[\r\n]|^\xef\xbb\xbf)(?:data|error):([^\r\n]*)(?=[\r\n])")
 OPENING_TYPES = re.compile(
     r"ping|keepalive|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)"
 )
@@ -9003,7 +8982,7 @@ class BlockDialect(Dialect):
             block_type = fields.get("type")
             if is_call(fields):
                 calls.append(self.history_call(fields))
-            elif is_call_result(fields):
+            elif CALL_RESULT.fullmatch(str(block_type)):
                 parts += self.append_tool_result(fields)
             elif block_type in ("thinking", "redacted_thinking", "reasoning"):
                 texts = as_list(fields.get("content")) or as_list(fields.get("summary"))
@@ -9291,14 +9270,8 @@ def is_call(block: Dict[str, Any]) -> bool:
     )
 
 
-def is_call_result(block: Dict[str, Any]) -> bool:
-    """Whether a block or item is a result of such a call."""
-    block_type = str(block.get("type"))
-    return block_type in ("tool_result", "tool_search_output") or block_type.endswith(
-        "_call_output"
-    )
-
-
+# Types of the results of such calls.
+CALL_RESULT = re.compile("tool_result|tool_search_output|.*_call_output")
 TOOL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # OpenAI's rule
 MAX_CALL_ID = 40  # characters: OpenAI's limit
 CALL_ID = re.compile("[A-Za-z0-9_-]{1,%d}" % MAX_CALL_ID)  # with Anthropic's characters
@@ -9414,33 +9387,34 @@ def sent_id(value: Any) -> Tuple[Optional[str], Optional[Dict[str, Any]]]:
     return call_id, extra
 
 
-def without_own_marks(body: Dict[str, Any]) -> Dict[str, Any]:
-    """A request for an upstream with the client's own API.
+CALL_ID_FIELDS = ("id", "call_id", "tool_call_id", "tool_use_id")
+
+
+def without_own_marks(value: Any) -> Any:
+    """A request for an upstream with the client's own API, or a part of it.
 
     It would reject reasoning of ours, which has no valid signature and no ID that it knows, and the
     long IDs of id_with_extra().
     """
-    lists = {name: body[name] for name in ("messages", "input") if isinstance(body.get(name), list)}
-    return {**body, **{name: _without_own_marks(items) for name, items in lists.items()}}
+    if isinstance(value, list):
+        return [without_own_marks(item) for item in value if not is_own_reasoning(item)]
+    if not isinstance(value, dict):
+        return value
+    long_ids = [name for name in CALL_ID_FIELDS if EXTRA in as_str(value.get(name))]
+    ids = {name: split_extra(value[name])[0] for name in long_ids}
+    return {**{name: without_own_marks(each) for name, each in value.items()}, **ids}
 
 
-def _without_own_marks(items: List[Any], nested: bool = False) -> List[Any]:
-    """Messages or items; if nested, the content or tool calls of a message."""
-    remaining = []
-    for item in items:
-        fields = dict(as_dict(item))
-        signatures = fields.get("signature"), fields.get("encrypted_content")
-        if UNSIGNED in signatures or str(fields.get("id")).startswith(UNSIGNED_ID):
-            continue
-        for name in ("id", "call_id", "tool_call_id", "tool_use_id"):
-            if EXTRA in as_str(fields.get(name)):
-                fields[name], _ = split_extra(fields[name])
-        for name in ("content", "tool_calls"):
-            if not nested and isinstance(fields.get(name), list):
-                fields[name] = _without_own_marks(fields[name], nested=True)
-        if nested or fields.get("content") != [] or fields.get("tool_calls"):
-            remaining.append(fields or item)
-    return remaining
+def is_own_reasoning(item: Any) -> bool:
+    """Whether a block or item is reasoning of ours, or a message that consists of it."""
+    fields = as_dict(item)
+    content = as_list(fields.get("content"))
+    return (
+        UNSIGNED in (fields.get("signature"), fields.get("encrypted_content"))
+        or str(fields.get("id")).startswith(UNSIGNED_ID)
+        or content != []
+        and all(map(is_own_reasoning, content))
+    )
 
 
 def count_values(value: Any) -> int:
@@ -9738,10 +9712,9 @@ def without_billing_header(part: Dict[str, Any]) -> Dict[str, Any]:
 
 def call_input(arguments: str) -> Dict[str, Any]:
     """A tool call's arguments as an object, {"arguments": string} if they are not one."""
-    value: Any = arguments.strip() or "{}"
+    value: Any = None
     with contextlib.suppress(ValueError):
-        for _ in range(2):  # some servers encode them twice
-            value = from_json(value.encode("utf-8", "replace")) if isinstance(value, str) else value
+        value = from_json(arguments.strip().encode("utf-8", "replace") or b"{}")
     return value if isinstance(value, dict) else {"arguments": arguments}
 
 
@@ -9774,6 +9747,17 @@ def custom_input(arguments: str) -> str:
     """The input of a custom tool in the arguments of its function: their only string."""
     values = list(call_input(arguments).values()) or [""]
     return values[0] if len(values) == 1 and isinstance(values[0], str) else arguments
+
+
+class ItemWire(NamedTuple):
+    """How an item of Responses is streamed."""
+
+    id_prefix: str
+    text_event: str  # with ".delta" and ".done"
+    text_field: str  # of the latter
+    index: Dict[str, int] = {}  # of the item's only part
+    more: Dict[str, Any] = {}  # further fields of the text events
+    part_event: str = ""  # with ".added" and ".done"
 
 
 class Responses(BlockDialect):
@@ -9812,15 +9796,14 @@ class Responses(BlockDialect):
     KNOWN_PARAMS = (*ECHOED, *STATEFUL, "model", "input", "stream", "store", "include")
     ENCRYPTED = "reasoning.encrypted_content"
     FUNCTION_TYPES, SCHEMA_KEY = ("function", "custom"), "parameters"
-    # By event: prefix of the item's id, names of its text and part events, index of the part, and
-    # further fields of the text events.
-    ITEM_WIRE: Dict[Any, Tuple[str, str, str, Dict[str, Any], Dict[str, Any]]] = {
-        Text: ("msg_", "response.output_text", "response.content_part",
-               {"content_index": 0}, {"logprobs": []}),
-        Reasoning: (UNSIGNED_ID, "response.reasoning_summary_text",
-                    "response.reasoning_summary_part", {"summary_index": 0}, {}),
-        ToolCall: ("fc_", "response.function_call_arguments", "", {}, {}),
-        CustomToolCall: ("ctc_", "response.custom_tool_call_input", "", {}, {}),
+    # By event.
+    WIRE: Dict[Any, ItemWire] = {
+        Text: ItemWire("msg_", "response.output_text", "text", {"content_index": 0},
+                       {"logprobs": []}, "response.content_part"),
+        Reasoning: ItemWire(UNSIGNED_ID, "response.reasoning_summary_text", "text",
+                            {"summary_index": 0}, {}, "response.reasoning_summary_part"),
+        ToolCall: ItemWire("fc_", "response.function_call_arguments", "arguments"),
+        CustomToolCall: ItemWire("ctc_", "response.custom_tool_call_input", "input"),
     }
     # fmt: on
 
@@ -9883,7 +9866,7 @@ class Responses(BlockDialect):
                 raise not_stored("An item_reference", param)
             if item_type == "additional_tools":
                 continue
-            is_result = is_call_result(item)
+            is_result = CALL_RESULT.fullmatch(str(item_type)) is not None
             if item_type == "message":
                 messages.append((param, item.get("role"), item.get("content")))
             elif item_type == "agent_message":
@@ -9936,12 +9919,13 @@ class Responses(BlockDialect):
         return event_frame(name, sequence_number=self.sequence_number - 1, **fields)
 
     def start_block(self, event: BlockEvent) -> bytes:
-        prefix, name, _, index, more = self.ITEM_WIRE[type(event)]
-        item = self.output_item(event, prefix + new_id(), "in_progress")
+        wire = self.WIRE[type(event)]
+        item = self.output_item(event, wire.id_prefix + new_id(), "in_progress")
         self.open_item: Any = event
-        self.item_ref = {"item_id": item["id"], "output_index": self.block_index, **index}
-        delta = to_json({"type": name + ".delta", **self.item_ref, **more})[:-1]
-        self.head = b'event: %b.delta\ndata: %b,"sequence_number":' % (name.encode(), delta)
+        self.item_ref = {"item_id": item["id"], "output_index": self.block_index, **wire.index}
+        name = wire.text_event + ".delta"
+        delta = to_json({"type": name, **self.item_ref, **wire.more})[:-1]
+        self.head = b'event: %b\ndata: %b,"sequence_number":' % (name.encode(), delta)
         return self.item_frame("added", item) + self.part_frame("added", event)
 
     def with_id(self, call: ToolCall, arguments: str) -> ToolCall:
@@ -9961,19 +9945,19 @@ class Responses(BlockDialect):
 
     def stop_block(self, text: str) -> bytes:
         item, frames = self.open_item, b""
-        _, name, _, _, more = self.ITEM_WIRE[type(item)]
+        wire = self.WIRE[type(item)]
         if isinstance(item, CustomToolCall):
-            text, field = custom_input(text), "input"
+            text = custom_input(text)
             frames = self.delta_frame(text)
         elif isinstance(item, ToolCall):
-            text, field = text or "{}", "arguments"
-        else:
-            field = "text"
-        event = dataclasses.replace(item, **{"text" if field == "text" else "arguments": text})
+            text = text or "{}"
+        field = "arguments" if isinstance(item, ToolCall) else "text"
+        event = dataclasses.replace(item, **{field: text})
         self.output.append(self.output_item(event, self.item_ref["item_id"]))
+        fields = {**self.item_ref, **wire.more, wire.text_field: text}
         return (
             frames
-            + self.frame(name + ".done", **self.item_ref, **more, **{field: text})
+            + self.frame(wire.text_event + ".done", **fields)
             + self.part_frame("done", event)
             + self.item_frame("done", self.output[-1])
         )
@@ -9987,7 +9971,7 @@ class Responses(BlockDialect):
         """The event of an item's only part that is added or done; a tool call has none."""
         if isinstance(event, ToolCall):
             return b""
-        name = f"{self.ITEM_WIRE[type(event)][2]}.{step}"
+        name = f"{self.WIRE[type(event)].part_event}.{step}"
         return self.frame(name, **self.item_ref, part=self.part_object(event))
 
     def finish_frames(self, finish: Finish) -> bytes:
@@ -10004,7 +9988,7 @@ class Responses(BlockDialect):
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
         self.output = [
-            self.output_item(event, self.ITEM_WIRE[type(event)][0] + new_id())
+            self.output_item(event, self.WIRE[type(event)].id_prefix + new_id())
             for event in self.answer_blocks(answer)
         ]
         return self.response_object(answer.finish)
