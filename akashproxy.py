@@ -6942,8 +6942,6 @@ def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
         "completion_tokens": completion,
         "total_tokens": total,
     }
-    if fields.keys() <= usage.keys():  # no details
-        return usage
     for kind, alias, name in (
         ("prompt", "input", "cached_tokens"),
         ("prompt", "input", "cache_write_tokens"),
@@ -9312,26 +9310,25 @@ def pair_tool_results(messages: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]
     """
     paired: List[Dict[str, Any]] = []
     results: Dict[Any, Dict[str, Any]] = {}  # by the ID of their call; their content is a list
-    orphans: Dict[Any, List[Dict[str, Any]]] = {}  # whose call has not come yet
     open_results: Iterator[Dict[str, Any]] = iter(())  # of the last message with calls
     for message in messages:
         calls = message.get("tool_calls", [])
         if message["role"] == "tool":
             call_id = message["tool_call_id"]
             result = results.get(call_id) if call_id else next(open_results, None)
-            if result is None:
+            if result is None:  # an orphan, whose call may follow
                 result = {"role": "orphan", "content": []}
-                orphans.setdefault(call_id, []).append(result)
                 paired.append(result)
+                results.update({call_id: result} if call_id else {})
             result["content"].append(message["content"])
         else:
             paired.append(message)
         for call in calls:
             call["id"] = call["id"] or f"call_{len(results)}"
             result = {"role": "tool", "tool_call_id": call["id"], "content": []}
-            for orphan in orphans.pop(call["id"], ()):
-                result["content"] += orphan["content"]
-                orphan["content"] = []
+            earlier = results.get(call["id"], result)
+            if earlier["role"] == "orphan":
+                result["content"], earlier["content"] = earlier["content"], []
             results[call["id"]] = result
             paired.append(result)
         if calls:
@@ -9739,10 +9736,6 @@ class CountTokens(Messages):
         return {"input_tokens": self.estimate_prompt()}
 
 
-class CustomToolCall(ToolCall):
-    """A call of a custom tool; its arguments are the tool's input."""
-
-
 def custom_input(arguments: str) -> str:
     """The input of a custom tool in the arguments of its function: their only string."""
     values = list(call_input(arguments).values()) or [""]
@@ -9750,12 +9743,13 @@ def custom_input(arguments: str) -> str:
 
 
 class ItemWire(NamedTuple):
-    """How an item of Responses is streamed."""
+    """A kind of item of Responses, and how it is streamed."""
 
+    type: str
     id_prefix: str
     text_event: str  # with ".delta" and ".done"
     text_field: str  # of the latter
-    index: Dict[str, int] = {}  # of the item's only part
+    part_index: Dict[str, int] = {}  # of the item's only part
     more: Dict[str, Any] = {}  # further fields of the text events
     part_event: str = ""  # with ".added" and ".done"
 
@@ -9796,15 +9790,16 @@ class Responses(BlockDialect):
     KNOWN_PARAMS = (*ECHOED, *STATEFUL, "model", "input", "stream", "store", "include")
     ENCRYPTED = "reasoning.encrypted_content"
     FUNCTION_TYPES, SCHEMA_KEY = ("function", "custom"), "parameters"
-    # By event.
-    WIRE: Dict[Any, ItemWire] = {
-        Text: ItemWire("msg_", "response.output_text", "text", {"content_index": 0},
+    ITEMS: Dict[Any, ItemWire] = {  # by event
+        Text: ItemWire("message", "msg_", "response.output_text", "text", {"content_index": 0},
                        {"logprobs": []}, "response.content_part"),
-        Reasoning: ItemWire(UNSIGNED_ID, "response.reasoning_summary_text", "text",
+        Reasoning: ItemWire("reasoning", UNSIGNED_ID, "response.reasoning_summary_text", "text",
                             {"summary_index": 0}, {}, "response.reasoning_summary_part"),
-        ToolCall: ItemWire("fc_", "response.function_call_arguments", "arguments"),
-        CustomToolCall: ItemWire("ctc_", "response.custom_tool_call_input", "input"),
+        ToolCall: ItemWire("function_call", "fc_", "response.function_call_arguments", "arguments"),
     }
+    CUSTOM_CALL = ItemWire(
+        "custom_tool_call", "ctc_", "response.custom_tool_call_input", "input"
+    )
     # fmt: on
 
     sequence_number = 0  # of the next event
@@ -9919,41 +9914,37 @@ class Responses(BlockDialect):
         return event_frame(name, sequence_number=self.sequence_number - 1, **fields)
 
     def start_block(self, event: BlockEvent) -> bytes:
-        wire = self.WIRE[type(event)]
+        wire = self.open_wire = self.wire(event)
         item = self.output_item(event, wire.id_prefix + new_id(), "in_progress")
         self.open_item: Any = event
-        self.item_ref = {"item_id": item["id"], "output_index": self.block_index, **wire.index}
+        self.item_ref = {"item_id": item["id"], "output_index": self.block_index, **wire.part_index}
         name = wire.text_event + ".delta"
         delta = to_json({"type": name, **self.item_ref, **wire.more})[:-1]
         self.head = b'event: %b\ndata: %b,"sequence_number":' % (name.encode(), delta)
         return self.item_frame("added", item) + self.part_frame("added", event)
 
-    def with_id(self, call: ToolCall, arguments: str) -> ToolCall:
-        call = super().with_id(call, arguments)
-        if call.name not in self.custom_tools:
-            return call
-        return CustomToolCall(call.index, custom_input(arguments), call.id, call.name)
+    def wire(self, event: BlockEvent) -> ItemWire:
+        """The kind of an event's item."""
+        is_custom = isinstance(event, ToolCall) and event.name in self.custom_tools
+        return self.CUSTOM_CALL if is_custom else self.ITEMS[type(event)]
 
     def delta(self, text: str) -> bytes:
-        if isinstance(self.open_item, CustomToolCall):  # its input is within incomplete JSON
-            return b""
-        return self.delta_frame(text)
+        # the input of a custom tool is within incomplete JSON
+        return b"" if self.open_wire is self.CUSTOM_CALL else self.delta_frame(text)
 
     def delta_frame(self, text: str) -> bytes:
         self.sequence_number += 1
         return b'%b%d,"delta":%b}\n\n' % (self.head, self.sequence_number - 1, to_json(text))
 
     def stop_block(self, text: str) -> bytes:
-        item, frames = self.open_item, b""
-        wire = self.WIRE[type(item)]
-        if isinstance(item, CustomToolCall):
+        wire, frames = self.open_wire, b""
+        is_call = isinstance(self.open_item, ToolCall)
+        text = text or "{}" if is_call else text
+        event = dataclasses.replace(self.open_item, **{"arguments" if is_call else "text": text})
+        self.output.append(self.output_item(event, self.item_ref["item_id"]))
+        if wire is self.CUSTOM_CALL:
             text = custom_input(text)
             frames = self.delta_frame(text)
-        elif isinstance(item, ToolCall):
-            text = text or "{}"
-        field = "arguments" if isinstance(item, ToolCall) else "text"
-        event = dataclasses.replace(item, **{field: text})
-        self.output.append(self.output_item(event, self.item_ref["item_id"]))
         fields = {**self.item_ref, **wire.more, wire.text_field: text}
         return (
             frames
@@ -9971,7 +9962,7 @@ class Responses(BlockDialect):
         """The event of an item's only part that is added or done; a tool call has none."""
         if isinstance(event, ToolCall):
             return b""
-        name = f"{self.WIRE[type(event)].part_event}.{step}"
+        name = f"{self.wire(event).part_event}.{step}"
         return self.frame(name, **self.item_ref, part=self.part_object(event))
 
     def finish_frames(self, finish: Finish) -> bytes:
@@ -9988,7 +9979,7 @@ class Responses(BlockDialect):
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
         self.output = [
-            self.output_item(event, self.WIRE[type(event)].id_prefix + new_id())
+            self.output_item(event, self.wire(event).id_prefix + new_id())
             for event in self.answer_blocks(answer)
         ]
         return self.response_object(answer.finish)
@@ -10028,29 +10019,19 @@ class Responses(BlockDialect):
         self, event: BlockEvent, item_id: str, status: str = "completed"
     ) -> Dict[str, Any]:
         """An item of the output; it has no parts until it is completed."""
+        wire = self.wire(event)
+        item: Dict[str, Any] = {"id": item_id, "type": wire.type, "status": status}
         if isinstance(event, ToolCall):
             name, space = self.client_name(event)
-            is_custom = isinstance(event, CustomToolCall)
-            return {
-                "id": item_id,
-                "type": "custom_tool_call" if is_custom else "function_call",
-                "status": status,
-                "call_id": event.id,
-                "name": name,
-                **({"namespace": space} if space else {}),
-                "input" if is_custom else "arguments": event.arguments,
-            }
+            item.update(call_id=event.id, name=name, **({"namespace": space} if space else {}))
+            is_custom = wire is self.CUSTOM_CALL
+            item[wire.text_field] = custom_input(event.arguments) if is_custom else event.arguments
+            return item
         parts = [self.part_object(event)] if status == "completed" else []
-        if isinstance(event, Reasoning):
-            item = {"id": item_id, "type": "reasoning", "status": status, "summary": parts}
-            return {**item, "encrypted_content": UNSIGNED} if self.returns_reasoning else item
-        return {
-            "id": item_id,
-            "type": "message",
-            "status": status,
-            "role": "assistant",
-            "content": parts,
-        }
+        if isinstance(event, Text):
+            return {**item, "role": "assistant", "content": parts}
+        encrypted = {"encrypted_content": UNSIGNED} if self.returns_reasoning else {}
+        return {**item, "summary": parts, **encrypted}
 
 
 def response_usage(usage: Dict[str, Any]) -> Dict[str, Any]:
