@@ -6736,7 +6736,6 @@ class ToolCallAssembler:
         self.by_index: Dict[int, CallInProgress] = {}
         self.latest: Optional[CallInProgress] = None
         self.details: List[Dict[str, Any]] = []  # OpenRouter's fragments of reasoning_details
-        self.details_label: Tuple[Any, Any] = (None, None)  # type and index of the last one
         self.details_room = 1 << 16  # characters; with more of them, none go with a call
 
     def add(self, fragment: ToolCall, is_complete: bool = False) -> List[Event]:
@@ -6762,11 +6761,11 @@ class ToolCallAssembler:
         """Join fragments of OpenRouter's reasoning_details, to go with the next call."""
         for detail in map(as_dict, as_list(details) if self.details_room >= 0 else ()):
             self.details_room -= len(_encode(detail))
-            label = detail.get("type"), detail.get("index")
-            if not self.details or label != self.details_label or label[1] is None:
-                self.details.append({})
-                self.details_label = label
-            joined = self.details[-1]
+            joined = self.details[-1] if self.details else {}
+            is_same = all(detail.get(name) == joined.get(name) for name in ("type", "index"))
+            if detail.get("index") is None or not is_same:
+                joined = {}
+                self.details.append(joined)
             for name, value in detail.items():
                 if name in ("text", "summary") and isinstance(value, str):
                     joined[name] = as_str(joined.get(name)) + value
@@ -6926,10 +6925,8 @@ COUNT_NAMES = {
 def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
     """Return a usage under the names of chat completions; None without both counts."""
     fields = as_dict(value)
-    prompt, completion = (
-        find_count("prompt_tokens", fields),
-        find_count("completion_tokens", fields),
-    )
+    prompt = find_count("prompt_tokens", fields)
+    completion = find_count("completion_tokens", fields)
     if prompt is None or completion is None:
         return None
     if fields.get("prompt_tokens") is None:  # Anthropic counts cached tokens apart
@@ -7023,6 +7020,7 @@ class StreamEnd(NamedTuple):
 
 
 DONE = rb"(?:^|[\r\n])data: *\[DONE\] *(\r\n?|\n|$)"
+REST_OF_LINE = rb'"[^\r\n]*(\r\n?|\n|$)'
 DONE_ONLY = StreamEnd(re.compile(DONE), (b"[DONE]",))
 CHAT_END = StreamEnd(
     re.compile(DONE + rb'|"finish_reason" ?: ?"(?!null")[A-Za-z]'),
@@ -7038,13 +7036,13 @@ STREAM_ENDS = {
     "/v1/completions": CHAT_END,
     "/v1/messages": StreamEnd(
         re.compile(
-            rb'"type" ?: ?"(?:message_stop"[^\r\n]*(\r\n?|\n|$)|error")|"stop_reason" ?: ?"[a-z]'
+            rb'"type" ?: ?"(?:message_stop%b|error")|"stop_reason" ?: ?"[a-z]' % REST_OF_LINE
         ),
         (b"message_stop", b"error", b'"stop_reason":"', b'"stop_reason": "'),
     ),
     "/v1/responses": StreamEnd(
         re.compile(
-            rb'"type" ?: ?"(?:response\.(?:completed|incomplete|failed)"[^\r\n]*(\r\n?|\n|$)|error")'
+            rb'"type" ?: ?"(?:response\.(?:completed|incomplete|failed)%b|error")' % REST_OF_LINE
         ),
         (b"response.completed", b"response.incomplete", b"response.failed", b"error"),
     ),
@@ -7154,7 +7152,7 @@ class PassthroughDecoder(Decoder):
         return b""
 
     def _find_end(self, data: bytes) -> bytes:
-        """Return the data up to the last event, if it contains that; look for the stream's end."""
+        """Return the data up to the stream's last event, if it contains that."""
         for match in self.end.matches(data):
             self.end_seen, line_break = True, match[1]
             if line_break:
@@ -9543,9 +9541,8 @@ class Messages(BlockDialect):
         if choice_type == "tool":
             return self.chosen_tool(choice, tools)
         if choice_type not in (None, "auto", "any", "none"):
-            raise bad_request(
-                "'tool_choice' must be of the type auto, any, none or tool.", "tool_choice"
-            )
+            message = "'tool_choice' must be of the type auto, any, none or tool."
+            raise bad_request(message, "tool_choice")
         return "required" if choice_type == "any" else choice_type
 
     # -- the response
@@ -9862,10 +9859,9 @@ class Responses(BlockDialect):
             if item_type == "additional_tools":
                 continue
             is_result = CALL_RESULT.fullmatch(str(item_type)) is not None
-            if item_type == "message":
-                messages.append((param, item.get("role"), item.get("content")))
-            elif item_type == "agent_message":
-                messages.append((param, "user", item.get("content")))
+            if item_type in ("message", "agent_message"):
+                role = item.get("role") if item_type == "message" else "user"
+                messages.append((param, role, item.get("content")))
             elif is_result and was_result:
                 messages[-1][2].append(item)
             else:
@@ -10149,12 +10145,11 @@ def has_escaped_letters(data: bytes) -> bool:
 
 def check_names(names: Iterable[str], refused: Iterable[str] = ()) -> None:
     """Raise APIError 400 for refused fields, and for "model" written in another way."""
+    refused = {name.casefold() for name in refused}
     for name in names:
         if "model" in name.lower() and name != "model" and is_model_field(name):
             raise bad_request(f"The field {name[:40]!r} must be written 'model'.", "model")
-    refused = {name.casefold() for name in refused}
-    for name in names if refused else ():
-        if lenient_name(name) in refused:
+        if refused and lenient_name(name) in refused:
             raise bad_request(f"The field {name[:40]!r} is not allowed for this key.", name[:40])
 
 
