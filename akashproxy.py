@@ -6636,8 +6636,8 @@ class ChatDecoder(Decoder):
         if is_chat_error(body):
             raise error_from_body(self.upstream_name, 200, body, self.secrets)
         usage = find_usage(body)
-        if usage and has_counts(usage):
-            self.usage = merge_counts(self.usage, usage)
+        if usage:
+            self.usage = merge_counts(self.usage, as_dict(usage))
         for choice in map(as_dict, as_list(body.get("choices"))):
             if choice.get("error"):
                 raise error_from_body(self.upstream_name, 200, choice, self.secrets)
@@ -6982,21 +6982,19 @@ def last_usage(data: bytes) -> Dict[str, Any]:
             break
         text = data[at + len(b'"usage"') : at + MAX_USAGE].decode("utf-8", "replace")
         with contextlib.suppress(ValueError, RecursionError):
-            usage = as_dict(_JSON.raw_decode(text.lstrip(" \t\r\n:"))[0])
-            if has_counts(usage):
-                counts = merge_counts(usage, counts)
+            usage, _ = _JSON.raw_decode(text.lstrip(" \t\r\n:"))
+            counts = merge_counts(as_dict(usage), counts)
     return counts
 
 
-def has_counts(usage: Any) -> bool:
-    """Whether a usage has a count above 0."""
-    return any(map(count_or_none, as_dict(usage).values()))
-
-
-def merge_counts(earlier: Dict[str, Any], later: Dict[str, Any]) -> Dict[str, Any]:
-    """Merge the usages of an answer; null and 0 do not replace a count."""
-    replaced = {name: count for name, count in later.items() if count or name not in earlier}
-    return {**earlier, **replaced}
+def merge_counts(*usages: Dict[str, Any]) -> Dict[str, Any]:
+    """Merge usages that have counts; null and 0 do not replace a count."""
+    merged: Dict[str, Any] = {}
+    for usage in usages:
+        if any(map(count_or_none, usage.values())):
+            given = {name: n for name, n in usage.items() if n or name not in merged}
+            merged.update(given)
+    return merged
 
 
 class StreamEnd(NamedTuple):
@@ -9402,14 +9400,15 @@ def without_own_marks(value: Any) -> Any:
 
 def is_own_reasoning(item: Any) -> bool:
     """Whether a block or item is reasoning of ours, or a message that consists of it."""
-    fields = as_dict(item)
-    content = as_list(fields.get("content"))
-    return (
-        UNSIGNED in (fields.get("signature"), fields.get("encrypted_content"))
-        or str(fields.get("id")).startswith(UNSIGNED_ID)
-        or content != []
-        and all(map(is_own_reasoning, content))
-    )
+    content = as_list(as_dict(item).get("content"))
+    return has_own_mark(item) or content != [] and all(map(has_own_mark, content))
+
+
+def has_own_mark(block: Any) -> bool:
+    """Whether a block or item is marked as reasoning of ours."""
+    fields = as_dict(block)
+    signatures = fields.get("signature"), fields.get("encrypted_content")
+    return UNSIGNED in signatures or as_str(fields.get("id")).startswith(UNSIGNED_ID)
 
 
 def count_values(value: Any) -> int:
