@@ -1033,7 +1033,6 @@ class Answer:
     tools: List[ToolCall] = field(default_factory=list)
     images: List[Image] = field(default_factory=list)
     finish: Finish = Finish("stop")
-    annotations: List[Dict[str, Any]] = field(default_factory=list)
 
 
 def fold(events: Iterable[Event]) -> Answer:
@@ -3149,7 +3148,6 @@ class Step(Generic[Input]):
     error: Optional[APIError] = None  # ends the answer, to be raised after the events returned
     started = False  # content has arrived; an opening alone may still fail over
     complete = False  # the answer is complete; a Finish event says so as well
-    ended = False  # the same, but what may follow is passed on, too
     stopped = False  # a filter has ended the answer, so the upstream should stop
     has_fast_path = False  # fast_path() may succeed
 
@@ -3271,11 +3269,6 @@ def take_complete_lines(buffer: bytearray, data: bytes) -> bytes:
     return lines
 
 
-def error_event(value: bytes) -> bytes:
-    """Data of an event for a field "error", which llama.cpp has sent before 2026."""
-    return b'{"error":%b}' % value
-
-
 class EventLines:
     """Splits an event stream into events, as the WHATWG's HTML standard defines them.
 
@@ -3318,7 +3311,7 @@ class EventLines:
             elif line.startswith(b"event:"):
                 self.type = line[6:].strip()[:100]
             elif line.startswith(b"error:"):
-                yield b"error", error_event(line[6:])
+                yield b"error", line[6:]  # llama.cpp's before 2026
 
     def close(self) -> Iterator[Tuple[bytes, bytes]]:
         """Yield the last event, whose blank line may be missing."""
@@ -3394,8 +3387,6 @@ class EventStream:
                     response.scope.timeout_message = response.timeouts.idle_message
                 if decoder.complete or events and type(events[-1]) is Finish:
                     self.mark_complete()
-                elif decoder.ended:
-                    self._shorten_timeouts()
             if response.body.done:
                 self.at_eof = True
                 if not self.complete and not self.error:
@@ -3426,9 +3417,6 @@ class EventStream:
         """
         self.started = self.complete = True
         self.error, self.at_eof = None, self.decoder.stopped
-        self._shorten_timeouts()
-
-    def _shorten_timeouts(self) -> None:
         self.response.timeouts = cached_timeouts(
             self.response.timeouts.upstream_name, self.DRAIN_TIMEOUT, self.DRAIN_TIMEOUT
         )
@@ -3441,10 +3429,6 @@ class EventStream:
         self.at_eof = True
         if self.complete:
             return []
-        if self.decoder and self.decoder.ended:
-            self.complete = True
-            remaining: List[Event] = self.decoder.close()
-            return remaining
         try:
             self.error = self.response.to_api_error(error)
         except (APIError, ClientDisconnected) as reason:  # the scope was cancelled
@@ -6594,8 +6578,8 @@ class ChatDecoder(Decoder):
         if is_chat_error(body):
             raise error_from_body(self.upstream_name, 200, body, self.secrets)
         usage = find_usage(body)
-        if usage and has_counts(usage):
-            self.usage = merge_counts(self.usage, usage)
+        if usage:
+            self.usage = merge_counts(self.usage, as_dict(usage))
         for choice in map(as_dict, as_list(body.get("choices"))):
             if choice.get("error"):
                 raise error_from_body(self.upstream_name, 200, choice, self.secrets)
@@ -6627,7 +6611,7 @@ class CallInProgress:
     """
 
     _MARKS = re.compile(r'\\.?|["{}\[\]]', re.S)
-    EMPTY = ("", "{}", "null")  # some servers begin with it
+    EMPTY = ("", "{}", "null", '""')  # some servers begin with it
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -6636,7 +6620,6 @@ class CallInProgress:
         self.extra: Dict[str, Any] = {}  # the upstream's own fields
         self.arguments: List[str] = []  # their fragments
         self.size = 0  # characters of them
-        self.quoted: List[str] = []  # fragments of a string that contains them
         self.depth, self.in_string, self.opened = 0, False, False
         self.escape = ""  # a backslash whose character is still to come
 
@@ -6649,8 +6632,6 @@ class CallInProgress:
 
         Some servers send with each fragment all of them so far, or at the end all of them again.
         """
-        if not self.size:
-            text = self._decode_string(text)
         if self.opened and self.size <= len(text) and text.startswith("".join(self.arguments)):
             text = text[self.size :]
         if self.size and self.complete:
@@ -6661,18 +6642,6 @@ class CallInProgress:
         self.arguments.append(text)
         self.size += len(text)
         return text
-
-    def _decode_string(self, text: str) -> str:
-        """Return the arguments in a JSON string (encoded twice) once it is complete."""
-        if not self.quoted and text.lstrip()[:1] != '"':
-            return text
-        self.quoted.append(text)
-        self._scan(text)
-        if self.in_string:
-            return ""
-        decoded = json_or_none("".join(self.quoted).encode("utf-8", "replace"))
-        self.quoted, self.depth, self.opened = [], 0, False
-        return as_str(decoded)
 
     def _scan(self, text: str) -> None:
         marks = self._MARKS.findall(self.escape + text)
@@ -6709,7 +6678,6 @@ class ToolCallAssembler:
         self.by_index: Dict[int, CallInProgress] = {}
         self.latest: Optional[CallInProgress] = None
         self.details: List[Dict[str, Any]] = []  # OpenRouter's fragments of reasoning_details
-        self.details_label: Tuple[Any, Any] = (None, None)  # type and index of the last one
         self.details_room = 1 << 16  # characters; with more of them, none go with a call
 
     def add(self, fragment: ToolCall, is_complete: bool = False) -> List[Event]:
@@ -6735,11 +6703,11 @@ class ToolCallAssembler:
         """Join fragments of OpenRouter's reasoning_details, to go with the next call."""
         for detail in map(as_dict, as_list(details) if self.details_room >= 0 else ()):
             self.details_room -= len(_encode(detail))
-            label = detail.get("type"), detail.get("index")
-            if not self.details or label != self.details_label or label[1] is None:
-                self.details.append({})
-                self.details_label = label
-            joined = self.details[-1]
+            joined = self.details[-1] if self.details else {}
+            is_same = all(detail.get(name) == joined.get(name) for name in ("type", "index"))
+            if detail.get("index") is None or not is_same:
+                joined = {}
+                self.details.append(joined)
             for name, value in detail.items():
                 if name in ("text", "summary") and isinstance(value, str):
                     joined[name] = as_str(joined.get(name)) + value
@@ -6899,10 +6867,8 @@ COUNT_NAMES = {
 def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
     """Return a usage under the names of chat completions; None without both counts."""
     fields = as_dict(value)
-    prompt, completion = (
-        find_count("prompt_tokens", fields),
-        find_count("completion_tokens", fields),
-    )
+    prompt = find_count("prompt_tokens", fields)
+    completion = find_count("completion_tokens", fields)
     if prompt is None or completion is None:
         return None
     if fields.get("prompt_tokens") is None:  # Anthropic counts cached tokens apart
@@ -6915,8 +6881,6 @@ def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
         "completion_tokens": completion,
         "total_tokens": total,
     }
-    if fields.keys() <= usage.keys():  # no details
-        return usage
     for kind, alias, name in (
         ("prompt", "input", "cached_tokens"),
         ("prompt", "input", "cache_write_tokens"),
@@ -6960,45 +6924,46 @@ def last_usage(data: bytes) -> Dict[str, Any]:
             break
         text = data[at + len(b'"usage"') : at + MAX_USAGE].decode("utf-8", "replace")
         with contextlib.suppress(ValueError, RecursionError):
-            usage = as_dict(_JSON.raw_decode(text.lstrip(" \t\r\n:"))[0])
-            if has_counts(usage):
-                counts = merge_counts(usage, counts)
+            usage, _ = _JSON.raw_decode(text.lstrip(" \t\r\n:"))
+            counts = merge_counts(as_dict(usage), counts)
     return counts
 
 
-def has_counts(usage: Any) -> bool:
-    """Whether a usage has a count above 0."""
-    return any(map(count_or_none, as_dict(usage).values()))
-
-
-def merge_counts(earlier: Dict[str, Any], later: Dict[str, Any]) -> Dict[str, Any]:
-    """Merge the usages of an answer; null and 0 do not replace a count."""
-    replaced = {name: count for name, count in later.items() if count or name not in earlier}
-    return {**earlier, **replaced}
+def merge_counts(*usages: Dict[str, Any]) -> Dict[str, Any]:
+    """Merge usages that have counts; null and 0 do not replace a count."""
+    merged: Dict[str, Any] = {}
+    for usage in usages:
+        if any(map(count_or_none, usage.values())):
+            given = {name: n for name, n in usage.items() if n or name not in merged}
+            merged.update(given)
+    return merged
 
 
 class StreamEnd(NamedTuple):
-    """The end of a path's streams: each complete one has a match of the pattern."""
+    """The end of a path's streams: each complete one has a match of the pattern.
+
+    Group 1 is the line break after the last event.
+    """
 
     pattern: Pattern[bytes]
     hints: Tuple[bytes, ...]  # one is in every match, and rfind() is faster than the pattern
     mid_stream: Tuple[bytes, ...] = ()  # ends of typical events that need no search for a match
-    last_events: Tuple[bytes, ...] = ()  # in matches that nothing needs to follow
 
-    def find(self, data: bytes) -> bytes:
-        """Return the match; b"" without one."""
-        # From the end, where the marks are: half of the decoder's time for 200 tokens at once.
-        matches = (
-            self.pattern.search(data, max(0, at - 12)) or self.pattern.search(data)
-            for at in map(data.rfind, self.hints)
-            if at >= 0
-        )
-        match = next(filter(None, matches), None)
-        return match[0] if match else b""
+    def matches(self, data: bytes) -> Iterable["re.Match[bytes]"]:
+        """Return the matches in data."""
+        hints = [hint for hint in self.hints if data.rfind(hint) >= 0]
+        if not hints:
+            return ()
+        # Half of the decoder's time for 200 tokens at once, as the marks are at their end.
+        start = min(map(data.find, hints))
+        return self.pattern.finditer(data, max(0, start - 64))
 
 
+DONE = rb"(?:^|[\r\n])data: *\[DONE\] *(\r\n?|\n|$)"
+REST_OF_LINE = rb'"[^\r\n]*(\r\n?|\n|$)'
+DONE_ONLY = StreamEnd(re.compile(DONE), (b"[DONE]",))
 CHAT_END = StreamEnd(
-    re.compile(rb'^data: *\[DONE\][ \r]*$|"finish_reason" ?: ?"(?!null")[A-Za-z]', re.M),
+    re.compile(DONE + rb'|"finish_reason" ?: ?"(?!null")[A-Za-z]'),
     (b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"finish_reason" :'),
     (
         b'"finish_reason":null}]}\n\n',
@@ -7010,14 +6975,16 @@ STREAM_ENDS = {
     CHAT_PATH: CHAT_END,
     "/v1/completions": CHAT_END,
     "/v1/messages": StreamEnd(
-        re.compile(rb'"type" ?: ?"(?:message_stop|error)"|"stop_reason" ?: ?"[a-z]'),
+        re.compile(
+            rb'"type" ?: ?"(?:message_stop%b|error")|"stop_reason" ?: ?"[a-z]' % REST_OF_LINE
+        ),
         (b"message_stop", b"error", b'"stop_reason":"', b'"stop_reason": "'),
-        last_events=(b"message_stop",),
     ),
     "/v1/responses": StreamEnd(
-        re.compile(rb'"type" ?: ?"(?:response\.(?:completed|incomplete|failed)|error)"'),
+        re.compile(
+            rb'"type" ?: ?"(?:response\.(?:completed|incomplete|failed)%b|error")' % REST_OF_LINE
+        ),
         (b"response.completed", b"response.incomplete", b"response.failed", b"error"),
-        last_events=(b"response.",),
     ),
 }
 
@@ -7054,7 +7021,7 @@ class PassthroughDecoder(Decoder):
     Only the opening and the end are parsed; secrets are redacted from errors. What precedes the
     first content is held back, since until then another controller may still answer. Only complete
     lines are passed on, so that an error event can follow if the upstream breaks off. Every
-    complete stream has the ``end`` of its path; if that is None, the end of the HTTP message
+    complete stream has the ``end`` of its path; if there is none, the end of the HTTP message
     suffices. ``model`` replaces the name of the answer's model.
     """
 
@@ -7069,10 +7036,10 @@ class PassthroughDecoder(Decoder):
         secrets: Iterable[str] = (),
         model: str = "",
     ) -> None:
-        self.upstream_name, self.end, self.secrets = upstream_name, end, secrets
+        self.upstream_name, self.end, self.secrets = upstream_name, end or DONE_ONLY, secrets
         self.rename = ModelName(model)
         self.end_seen = end is None
-        self.mid_stream = end.mid_stream if end and not model else ()
+        self.mid_stream = () if model else self.end.mid_stream
         self.buffer = bytearray()  # an incomplete line
         self.opening = bytearray()  # what precedes the first content
         self.first_usage: Dict[str, Any] = {}  # that of the opening; Anthropic's counts the prompt
@@ -7125,26 +7092,21 @@ class PassthroughDecoder(Decoder):
         return b""
 
     def _find_end(self, data: bytes) -> bytes:
-        """Return the data up to [DONE], if it contains that; look for the stream's end."""
-        if self.end and not self.ended:
-            match = self.end.find(data)
-            self.end_seen = self.end_seen or match != b""
-            self.ended = any(event in match for event in self.end.last_events)
-        at = data.rfind(b"[DONE]")  # much faster than find() and the pattern
-        if at >= 0 and data.rfind(b"[DONE]", 0, at) >= 0:
-            at = data.find(b"[DONE]")  # the first one of several ends the answer
-        done = DONE.search(data, max(0, at - 64)) if at >= 0 else None
-        if done is None or self.complete:
-            return data
-        self.complete = self.end_seen = True
-        # [DONE] ends the relay at once: append the blank line, which may still be in transit
-        return data if data[done.end() :] == done[1] else data[: done.end()] + done[1]
+        """Return the data up to the stream's last event, if it contains that."""
+        for match in self.end.matches(data):
+            self.end_seen, line_break = True, match[1]
+            if line_break:
+                self.complete = True
+                # ends the relay at once: append the blank line, which may still be in transit
+                rest = data[match.end() :]
+                return data if rest == line_break else data[: match.end()] + line_break
+        return data
 
     def _without_opening(self, data: bytes) -> bytes:
         """Hold data back until the first content; set ``error`` if an error comes instead."""
         self.opening += data
         for line in DATA_LINE.finditer(data):
-            value = line[2].strip() if line[1] == b"data" else error_event(line[2])
+            value = line[1].strip()
             event = json_or_none(value) if value.startswith(b"{") else None
             if value == b"[DONE]":
                 self.error = truncated(self.upstream_name, "ended its answer before it began")
@@ -7170,7 +7132,7 @@ class PassthroughDecoder(Decoder):
     def close(self) -> List[Event]:
         data = bytes(self.opening + self.buffer)
         self.buffer, self.opening = bytearray(), bytearray()
-        if self.end and not self.end_seen and not self.end.find(data):
+        if not self.end_seen and not any(self.end.matches(data)):
             self.error = truncated(self.upstream_name)
             return self.flush()
         data = self.rename(data)
@@ -7185,8 +7147,7 @@ class PassthroughDecoder(Decoder):
         return [RawBytes(b"\n")] if self.started and not between_events else []
 
 
-DATA_LINE = re.compile(rb"(?:^|[\r\n]|^\xef\xbb\xbf)(data|error):([^\r\n]*)(?=[\r\n])")
-DONE = re.compile(rb"(?:^|[\r\n])data: *\[DONE\] *(\r\n?|\n)")
+DATA_LINE = re.compile(rb"(?:^|[\r\n]|^\xef\xbb\xbf)(?:data|error):([^\r\n]*)(?=[\r\n])")
 OPENING_TYPES = re.compile(
     r"ping|keepalive|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)"
 )
@@ -8930,7 +8891,7 @@ class BlockDialect(Dialect):
             block_type = fields.get("type")
             if is_call(fields):
                 calls.append(self.history_call(fields))
-            elif is_call_result(fields):
+            elif CALL_RESULT.fullmatch(str(block_type)):
                 parts += self.append_tool_result(fields)
             elif block_type in ("thinking", "redacted_thinking", "reasoning"):
                 texts = as_list(fields.get("content")) or as_list(fields.get("summary"))
@@ -9218,14 +9179,8 @@ def is_call(block: Dict[str, Any]) -> bool:
     )
 
 
-def is_call_result(block: Dict[str, Any]) -> bool:
-    """Whether a block or item is a result of such a call."""
-    block_type = str(block.get("type"))
-    return block_type in ("tool_result", "tool_search_output") or block_type.endswith(
-        "_call_output"
-    )
-
-
+# Types of the results of such calls.
+CALL_RESULT = re.compile("tool_result|tool_search_output|.*_call_output")
 TOOL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # OpenAI's rule
 MAX_CALL_ID = 40  # characters: OpenAI's limit
 CALL_ID = re.compile("[A-Za-z0-9_-]{1,%d}" % MAX_CALL_ID)  # with Anthropic's characters
@@ -9266,26 +9221,25 @@ def pair_tool_results(messages: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]
     """
     paired: List[Dict[str, Any]] = []
     results: Dict[Any, Dict[str, Any]] = {}  # by the ID of their call; their content is a list
-    orphans: Dict[Any, List[Dict[str, Any]]] = {}  # whose call has not come yet
     open_results: Iterator[Dict[str, Any]] = iter(())  # of the last message with calls
     for message in messages:
         calls = message.get("tool_calls", [])
         if message["role"] == "tool":
             call_id = message["tool_call_id"]
             result = results.get(call_id) if call_id else next(open_results, None)
-            if result is None:
+            if result is None:  # an orphan, whose call may follow
                 result = {"role": "orphan", "content": []}
-                orphans.setdefault(call_id, []).append(result)
                 paired.append(result)
+                results.update({call_id: result} if call_id else {})
             result["content"].append(message["content"])
         else:
             paired.append(message)
         for call in calls:
             call["id"] = call["id"] or f"call_{len(results)}"
             result = {"role": "tool", "tool_call_id": call["id"], "content": []}
-            for orphan in orphans.pop(call["id"], ()):
-                result["content"] += orphan["content"]
-                orphan["content"] = []
+            earlier = results.get(call["id"], result)
+            if earlier["role"] == "orphan":
+                result["content"], earlier["content"] = earlier["content"], []
             results[call["id"]] = result
             paired.append(result)
         if calls:
@@ -9341,33 +9295,35 @@ def sent_id(value: Any) -> Tuple[Optional[str], Optional[Dict[str, Any]]]:
     return call_id, extra
 
 
-def without_own_marks(body: Dict[str, Any]) -> Dict[str, Any]:
-    """A request for an upstream with the client's own API.
+CALL_ID_FIELDS = ("id", "call_id", "tool_call_id", "tool_use_id")
+
+
+def without_own_marks(value: Any) -> Any:
+    """A request for an upstream with the client's own API, or a part of it.
 
     It would reject reasoning of ours, which has no valid signature and no ID that it knows, and the
     long IDs of id_with_extra().
     """
-    lists = {name: body[name] for name in ("messages", "input") if isinstance(body.get(name), list)}
-    return {**body, **{name: _without_own_marks(items) for name, items in lists.items()}}
+    if isinstance(value, list):
+        return [without_own_marks(item) for item in value if not is_own_reasoning(item)]
+    if not isinstance(value, dict):
+        return value
+    long_ids = [name for name in CALL_ID_FIELDS if EXTRA in as_str(value.get(name))]
+    ids = {name: split_extra(value[name])[0] for name in long_ids}
+    return {**{name: without_own_marks(each) for name, each in value.items()}, **ids}
 
 
-def _without_own_marks(items: List[Any], nested: bool = False) -> List[Any]:
-    """Messages or items; if nested, the content or tool calls of a message."""
-    remaining = []
-    for item in items:
-        fields = dict(as_dict(item))
-        signatures = fields.get("signature"), fields.get("encrypted_content")
-        if UNSIGNED in signatures or str(fields.get("id")).startswith(UNSIGNED_ID):
-            continue
-        for name in ("id", "call_id", "tool_call_id", "tool_use_id"):
-            if EXTRA in as_str(fields.get(name)):
-                fields[name], _ = split_extra(fields[name])
-        for name in ("content", "tool_calls"):
-            if not nested and isinstance(fields.get(name), list):
-                fields[name] = _without_own_marks(fields[name], nested=True)
-        if nested or fields.get("content") != [] or fields.get("tool_calls"):
-            remaining.append(fields or item)
-    return remaining
+def is_own_reasoning(item: Any) -> bool:
+    """Whether a block or item is reasoning of ours, or a message that consists of it."""
+    content = as_list(as_dict(item).get("content"))
+    return has_own_mark(item) or content != [] and all(map(has_own_mark, content))
+
+
+def has_own_mark(block: Any) -> bool:
+    """Whether a block or item is marked as reasoning of ours."""
+    fields = as_dict(block)
+    signatures = fields.get("signature"), fields.get("encrypted_content")
+    return UNSIGNED in signatures or as_str(fields.get("id")).startswith(UNSIGNED_ID)
 
 
 def count_values(value: Any) -> int:
@@ -9499,9 +9455,8 @@ class Messages(BlockDialect):
         if choice_type == "tool":
             return self.chosen_tool(choice, tools)
         if choice_type not in (None, "auto", "any", "none"):
-            raise bad_request(
-                "'tool_choice' must be of the type auto, any, none or tool.", "tool_choice"
-            )
+            message = "'tool_choice' must be of the type auto, any, none or tool."
+            raise bad_request(message, "tool_choice")
         return "required" if choice_type == "any" else choice_type
 
     # -- the response
@@ -9665,10 +9620,9 @@ def without_billing_header(part: Dict[str, Any]) -> Dict[str, Any]:
 
 def call_input(arguments: str) -> Dict[str, Any]:
     """A tool call's arguments as an object, {"arguments": string} if they are not one."""
-    value: Any = arguments.strip() or "{}"
+    value: Any = None
     with contextlib.suppress(ValueError):
-        for _ in range(2):  # some servers encode them twice
-            value = from_json(value.encode("utf-8", "replace")) if isinstance(value, str) else value
+        value = from_json(arguments.strip().encode("utf-8", "replace") or b"{}")
     return value if isinstance(value, dict) else {"arguments": arguments}
 
 
@@ -9693,14 +9647,22 @@ class CountTokens(Messages):
         return {"input_tokens": self.estimate_prompt()}
 
 
-class CustomToolCall(ToolCall):
-    """A call of a custom tool; its arguments are the tool's input."""
-
-
 def custom_input(arguments: str) -> str:
     """The input of a custom tool in the arguments of its function: their only string."""
     values = list(call_input(arguments).values()) or [""]
     return values[0] if len(values) == 1 and isinstance(values[0], str) else arguments
+
+
+class ItemWire(NamedTuple):
+    """A kind of item of Responses, and how it is streamed."""
+
+    type: str
+    id_prefix: str
+    text_event: str  # with ".delta" and ".done"
+    text_field: str  # of the latter
+    part_index: Dict[str, int] = {}  # of the item's only part
+    more: Dict[str, Any] = {}  # further fields of the text events
+    part_event: str = ""  # with ".added" and ".done"
 
 
 class Responses(BlockDialect):
@@ -9739,16 +9701,16 @@ class Responses(BlockDialect):
     KNOWN_PARAMS = (*ECHOED, *STATEFUL, "model", "input", "stream", "store", "include")
     ENCRYPTED = "reasoning.encrypted_content"
     FUNCTION_TYPES, SCHEMA_KEY = ("function", "custom"), "parameters"
-    # By event: prefix of the item's id, names of its text and part events, index of the part, and
-    # further fields of the text events.
-    ITEM_WIRE: Dict[Any, Tuple[str, str, str, Dict[str, Any], Dict[str, Any]]] = {
-        Text: ("msg_", "response.output_text", "response.content_part",
-               {"content_index": 0}, {"logprobs": []}),
-        Reasoning: (UNSIGNED_ID, "response.reasoning_summary_text",
-                    "response.reasoning_summary_part", {"summary_index": 0}, {}),
-        ToolCall: ("fc_", "response.function_call_arguments", "", {}, {}),
-        CustomToolCall: ("ctc_", "response.custom_tool_call_input", "", {}, {}),
+    ITEMS: Dict[Any, ItemWire] = {  # by event
+        Text: ItemWire("message", "msg_", "response.output_text", "text", {"content_index": 0},
+                       {"logprobs": []}, "response.content_part"),
+        Reasoning: ItemWire("reasoning", UNSIGNED_ID, "response.reasoning_summary_text", "text",
+                            {"summary_index": 0}, {}, "response.reasoning_summary_part"),
+        ToolCall: ItemWire("function_call", "fc_", "response.function_call_arguments", "arguments"),
     }
+    CUSTOM_CALL = ItemWire(
+        "custom_tool_call", "ctc_", "response.custom_tool_call_input", "input"
+    )
     # fmt: on
 
     sequence_number = 0  # of the next event
@@ -9810,11 +9772,10 @@ class Responses(BlockDialect):
                 raise not_stored("An item_reference", param)
             if item_type == "additional_tools":
                 continue
-            is_result = is_call_result(item)
-            if item_type == "message":
-                messages.append((param, item.get("role"), item.get("content")))
-            elif item_type == "agent_message":
-                messages.append((param, "user", item.get("content")))
+            is_result = CALL_RESULT.fullmatch(str(item_type)) is not None
+            if item_type in ("message", "agent_message"):
+                role = item.get("role") if item_type == "message" else "user"
+                messages.append((param, role, item.get("content")))
             elif is_result and was_result:
                 messages[-1][2].append(item)
             else:
@@ -9863,44 +9824,41 @@ class Responses(BlockDialect):
         return event_frame(name, sequence_number=self.sequence_number - 1, **fields)
 
     def start_block(self, event: BlockEvent) -> bytes:
-        prefix, name, _, index, more = self.ITEM_WIRE[type(event)]
-        item = self.output_item(event, prefix + new_id(), "in_progress")
+        wire = self.open_wire = self.wire(event)
+        item = self.output_item(event, wire.id_prefix + new_id(), "in_progress")
         self.open_item: Any = event
-        self.item_ref = {"item_id": item["id"], "output_index": self.block_index, **index}
-        delta = to_json({"type": name + ".delta", **self.item_ref, **more})[:-1]
-        self.head = b'event: %b.delta\ndata: %b,"sequence_number":' % (name.encode(), delta)
+        self.item_ref = {"item_id": item["id"], "output_index": self.block_index, **wire.part_index}
+        name = wire.text_event + ".delta"
+        delta = to_json({"type": name, **self.item_ref, **wire.more})[:-1]
+        self.head = b'event: %b\ndata: %b,"sequence_number":' % (name.encode(), delta)
         return self.item_frame("added", item) + self.part_frame("added", event)
 
-    def with_id(self, call: ToolCall, arguments: str) -> ToolCall:
-        call = super().with_id(call, arguments)
-        if call.name not in self.custom_tools:
-            return call
-        return CustomToolCall(call.index, custom_input(arguments), call.id, call.name)
+    def wire(self, event: BlockEvent) -> ItemWire:
+        """The kind of an event's item."""
+        is_custom = isinstance(event, ToolCall) and event.name in self.custom_tools
+        return self.CUSTOM_CALL if is_custom else self.ITEMS[type(event)]
 
     def delta(self, text: str) -> bytes:
-        if isinstance(self.open_item, CustomToolCall):  # its input is within incomplete JSON
-            return b""
-        return self.delta_frame(text)
+        # the input of a custom tool is within incomplete JSON
+        return b"" if self.open_wire is self.CUSTOM_CALL else self.delta_frame(text)
 
     def delta_frame(self, text: str) -> bytes:
         self.sequence_number += 1
         return b'%b%d,"delta":%b}\n\n' % (self.head, self.sequence_number - 1, to_json(text))
 
     def stop_block(self, text: str) -> bytes:
-        item, frames = self.open_item, b""
-        _, name, _, _, more = self.ITEM_WIRE[type(item)]
-        if isinstance(item, CustomToolCall):
-            text, field = custom_input(text), "input"
-            frames = self.delta_frame(text)
-        elif isinstance(item, ToolCall):
-            text, field = text or "{}", "arguments"
-        else:
-            field = "text"
-        event = dataclasses.replace(item, **{"text" if field == "text" else "arguments": text})
+        wire, frames = self.open_wire, b""
+        is_call = isinstance(self.open_item, ToolCall)
+        text = text or "{}" if is_call else text
+        event = dataclasses.replace(self.open_item, **{"arguments" if is_call else "text": text})
         self.output.append(self.output_item(event, self.item_ref["item_id"]))
+        if wire is self.CUSTOM_CALL:
+            text = custom_input(text)
+            frames = self.delta_frame(text)
+        fields = {**self.item_ref, **wire.more, wire.text_field: text}
         return (
             frames
-            + self.frame(name + ".done", **self.item_ref, **more, **{field: text})
+            + self.frame(wire.text_event + ".done", **fields)
             + self.part_frame("done", event)
             + self.item_frame("done", self.output[-1])
         )
@@ -9914,7 +9872,7 @@ class Responses(BlockDialect):
         """The event of an item's only part that is added or done; a tool call has none."""
         if isinstance(event, ToolCall):
             return b""
-        name = f"{self.ITEM_WIRE[type(event)][2]}.{step}"
+        name = f"{self.wire(event).part_event}.{step}"
         return self.frame(name, **self.item_ref, part=self.part_object(event))
 
     def finish_frames(self, finish: Finish) -> bytes:
@@ -9931,7 +9889,7 @@ class Responses(BlockDialect):
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
         self.output = [
-            self.output_item(event, self.ITEM_WIRE[type(event)][0] + new_id())
+            self.output_item(event, self.wire(event).id_prefix + new_id())
             for event in self.answer_blocks(answer)
         ]
         return self.response_object(answer.finish)
@@ -9971,29 +9929,19 @@ class Responses(BlockDialect):
         self, event: BlockEvent, item_id: str, status: str = "completed"
     ) -> Dict[str, Any]:
         """An item of the output; it has no parts until it is completed."""
+        wire = self.wire(event)
+        item: Dict[str, Any] = {"id": item_id, "type": wire.type, "status": status}
         if isinstance(event, ToolCall):
             name, space = self.client_name(event)
-            is_custom = isinstance(event, CustomToolCall)
-            return {
-                "id": item_id,
-                "type": "custom_tool_call" if is_custom else "function_call",
-                "status": status,
-                "call_id": event.id,
-                "name": name,
-                **({"namespace": space} if space else {}),
-                "input" if is_custom else "arguments": event.arguments,
-            }
+            item.update(call_id=event.id, name=name, **({"namespace": space} if space else {}))
+            is_custom = wire is self.CUSTOM_CALL
+            item[wire.text_field] = custom_input(event.arguments) if is_custom else event.arguments
+            return item
         parts = [self.part_object(event)] if status == "completed" else []
-        if isinstance(event, Reasoning):
-            item = {"id": item_id, "type": "reasoning", "status": status, "summary": parts}
-            return {**item, "encrypted_content": UNSIGNED} if self.returns_reasoning else item
-        return {
-            "id": item_id,
-            "type": "message",
-            "status": status,
-            "role": "assistant",
-            "content": parts,
-        }
+        if isinstance(event, Text):
+            return {**item, "role": "assistant", "content": parts}
+        encrypted = {"encrypted_content": UNSIGNED} if self.returns_reasoning else {}
+        return {**item, "summary": parts, **encrypted}
 
 
 def response_usage(usage: Dict[str, Any]) -> Dict[str, Any]:
@@ -10111,12 +10059,11 @@ def has_escaped_letters(data: bytes) -> bool:
 
 def check_names(names: Iterable[str], refused: Iterable[str] = ()) -> None:
     """Raise APIError 400 for refused fields, and for "model" written in another way."""
+    refused = {name.casefold() for name in refused}
     for name in names:
         if "model" in name.lower() and name != "model" and is_model_field(name):
             raise bad_request(f"The field {name[:40]!r} must be written 'model'.", "model")
-    refused = {name.casefold() for name in refused}
-    for name in names if refused else ():
-        if lenient_name(name) in refused:
+        if refused and lenient_name(name) in refused:
             raise bad_request(f"The field {name[:40]!r} is not allowed for this key.", name[:40])
 
 
