@@ -8801,18 +8801,11 @@ ENCRYPTED_PREFIX = "gAAAAA"
 TEXT_TYPES = ("text", "input_text", "output_text", *NAMED_TEXT_TYPES)
 
 
-class BlockDialect(Dialect):
-    """Base of Messages and Responses: requests as chats, responses as blocks.
-
-    Blocks never interleave, but fragments of an upstream's tool calls may: what arrives while a
-    call's arguments are incomplete is deferred until the end.
-    """
+class BlockRequest(Dialect):
+    """The request's half of Messages and Responses: a chat, from messages of blocks."""
 
     RENAMED_PARAMS: Dict[str, str] = {}  # fields with an equivalent in a chat, and its name
     KNOWN_PARAMS: Tuple[str, ...] = ()  # fields that to_chat() handles; others are ignored
-    keeps_text = True
-    MAX_KEPT_REASONING = 1000  # characters
-    BLOCKS_END_WITH_TEXT = True  # stop_block() repeats the block's text
     FUNCTION_TYPES: Tuple[Any, ...] = ()  # types of tools that are functions
     SCHEMA_KEY = ""  # their field with the JSON schema of the parameters
 
@@ -8822,39 +8815,11 @@ class BlockDialect(Dialect):
         self.messages: List[Dict[str, Any]] = []  # for finish_messages()
         self.extra_values = 0  # in the IDs of its calls
         self.has_begun = False  # there are further messages of the user or the assistant
-        self.show_reasoning = True
-        self.returns_reasoning = False  # the client sends back what it gets, with a signature
-        self.kept_reasoning = ""  # the beginning of what it can't send back
-        self.open_block: Any = None  # block_key() of the open block
-        self.open_text: List[str] = []
-        self.block_index = 0  # of the open or next block
-        self.tool_blocks: Set[Any] = set()  # keys of all blocks that are tool calls
-        self.deferred: List[BlockEvent] = []
         super().__init__(body, base_url)
-
-    # -- for subclasses to implement
 
     def to_chat(self, body: Dict[str, Any]) -> Dict[str, Any]:
         """Convert the request, except for RENAMED_PARAMS. Raises APIError 400."""
         raise NotImplementedError
-
-    def start_block(self, event: BlockEvent) -> bytes:
-        """Frames that open a block; the event has no text yet."""
-        raise NotImplementedError
-
-    def delta(self, text: str) -> bytes:
-        """The frame of a piece of the open block's text."""
-        raise NotImplementedError
-
-    def stop_block(self, text: str) -> bytes:
-        """Frames that close the open block, whose text is complete."""
-        raise NotImplementedError
-
-    def finish_frames(self, finish: Finish) -> bytes:
-        """Frames that end the stream."""
-        raise NotImplementedError
-
-    # -- the request
 
     def parse(self, body: Dict[str, Any]) -> Call:
         call = Call(
@@ -9062,6 +9027,47 @@ class BlockDialect(Dialect):
             self.untranslated.append("tool_choice")
             return None
         return {"type": "function", "function": {"name": sent}}
+
+
+class BlockDialect(BlockRequest):
+    """The response's half of Messages and Responses: blocks.
+
+    Blocks never interleave, but fragments of an upstream's tool calls may: what arrives while a
+    call's arguments are incomplete is deferred until the end.
+    """
+
+    keeps_text = True
+    MAX_KEPT_REASONING = 1000  # characters
+    BLOCKS_END_WITH_TEXT = True  # stop_block() repeats the block's text
+
+    def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
+        self.show_reasoning = True
+        self.returns_reasoning = False  # the client sends back what it gets, with a signature
+        self.kept_reasoning = ""  # the beginning of what it can't send back
+        self.open_block: Any = None  # block_key() of the open block
+        self.open_text: List[str] = []
+        self.block_index = 0  # of the open or next block
+        self.tool_blocks: Set[Any] = set()  # keys of all blocks that are tool calls
+        self.deferred: List[BlockEvent] = []
+        super().__init__(body, base_url)
+
+    # -- for subclasses to implement
+
+    def start_block(self, event: BlockEvent) -> bytes:
+        """Frames that open a block; the event has no text yet."""
+        raise NotImplementedError
+
+    def delta(self, text: str) -> bytes:
+        """The frame of a piece of the open block's text."""
+        raise NotImplementedError
+
+    def stop_block(self, text: str) -> bytes:
+        """Frames that close the open block, whose text is complete."""
+        raise NotImplementedError
+
+    def finish_frames(self, finish: Finish) -> bytes:
+        """Frames that end the stream."""
+        raise NotImplementedError
 
     # -- the response
 
