@@ -5475,6 +5475,11 @@ def test_upstreams_with_the_clients_api_get_nothing_that_was_added(path, sent, e
     assert fake.bodies()[-1][name] == expected
 
 
+def test_marks_are_looked_for_where_they_stand_only(fake, pool):
+    deep = json.loads('{"a":' * 497 + json.dumps(akashproxy.UNSIGNED) + "}" * 497)
+    assert chat(pool(fake), {**BOTH, "x": deep}).status == 200 and fake.bodies()[-1]["x"] == deep
+
+
 @pytest.mark.parametrize("id", ["c1", "", "__extra_", "c__extra_x", "c__extra_bnVsbA", "c__extra_é", "c__extra_" + "W" * 4000])
 def test_an_id_that_carries_nothing_stays_as_it_is(id):
     call_id, extra = akashproxy.split_extra(id)
@@ -5826,8 +5831,9 @@ def test_a_long_call_that_proves_invalid_ends_a_stream_with_an_error_and_is_text
         step = akashproxy.ToolCallFilter(prompted(stream))
         read = lambda: fold([event for piece in [*map(Text, answer), Finish("stop")] for event in step.feed([piece])])
         if stream:
-            with pytest.raises(APIError, match="invalid tool call"):
+            with pytest.raises(APIError, match="invalid tool call") as caught:
                 read()
+            assert caught.value.code == "invalid_tool_call"
         else:
             assert read().text == answer
 
@@ -10705,7 +10711,7 @@ def call_of(index, arguments="{}"):
 })
 def test_many_items_take_a_time_in_proportion_to_their_number(work, make):
     times = growth(work, lambda many: make(many * 2000))
-    assert times < 10, f"four times as many cost {times:.1f} times as much"
+    assert times < 8, f"four times as many cost {times:.1f} times as much"
 
 
 class Rejoining:
