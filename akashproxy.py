@@ -6854,63 +6854,69 @@ def find_usage(body: Dict[str, Any]) -> Any:
     return usage
 
 
-# Names of token counts, by the one in chat completions: those of Anthropic, Responses and others.
-# fmt: off
+# Names of token counts in chat completions, by those of Anthropic, Responses and others.
 COUNT_NAMES = {
-    "prompt_tokens": ("prompt_tokens", "input_tokens"),
-    "completion_tokens": ("completion_tokens", "output_tokens"),
-    "cached_tokens": ("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens"),
-    "cache_write_tokens": (
-        "cache_write_tokens", "cache_creation_tokens", "cache_creation_input_tokens",
-    ),
-    "reasoning_tokens": ("reasoning_tokens", "thinking_tokens"),
+    alias: name
+    for name, aliases in {
+        "prompt_tokens": "input_tokens",
+        "completion_tokens": "output_tokens",
+        "total_tokens": "",
+        "cached_tokens": "prompt_cache_hit_tokens cache_read_input_tokens",
+        "cache_write_tokens": "cache_creation_tokens cache_creation_input_tokens",
+        "reasoning_tokens": "thinking_tokens",
+    }.items()
+    for alias in (name, *aliases.split())
 }
-# fmt: on
+COUNT_DETAILS = tuple(
+    f"{kind}_tokens_details" for kind in ("prompt", "input", "completion", "output")
+)
 
 
 def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
     """Return a usage under the names of chat completions; None without both counts."""
     fields = as_dict(value)
-    prompt = find_count("prompt_tokens", fields)
-    completion = find_count("completion_tokens", fields)
+    counts = token_counts(fields)
+    prompt, completion = counts.get("prompt_tokens"), counts.get("completion_tokens")
     if prompt is None or completion is None:
         return None
     if fields.get("prompt_tokens") is None:  # Anthropic counts cached tokens apart
         for name in ("cache_read_input_tokens", "cache_creation_input_tokens"):
             prompt += count_or_none(fields.get(name)) or 0
-    total = count_or_none(fields.get("total_tokens"))
+    total = counts.get("total_tokens")
     total = prompt + completion if total is None else total
+    reasoning = counts.get("reasoning_tokens")
+    if reasoning and total == prompt + completion + reasoning:
+        completion += reasoning  # xAI and others count reasoning apart
     usage: Dict[str, Any] = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": total,
     }
-    for kind, alias, name in (
-        ("prompt", "input", "cached_tokens"),
-        ("prompt", "input", "cache_write_tokens"),
-        ("completion", "output", "reasoning_tokens"),
+    for kind, name in (
+        ("prompt", "cached_tokens"),
+        ("prompt", "cache_write_tokens"),
+        ("completion", "reasoning_tokens"),
     ):
-        groups = [as_dict(fields.get(f"{each}_tokens_details")) for each in (kind, alias)]
-        count = find_count(name, *groups, fields)
-        if count:
-            if kind == "completion" and total == prompt + completion + count:
-                usage["completion_tokens"] += count  # xAI and others count reasoning apart
+        if counts.get(name):
             details = usage.setdefault(f"{kind}_tokens_details", {})
-            details[name] = min(count, usage[f"{kind}_tokens"] - sum(details.values()))
+            details[name] = min(counts[name], usage[f"{kind}_tokens"] - sum(details.values()))
     return {**usage, "estimated": True} if is_estimated(fields) else usage
 
 
-def find_count(name: str, *sources: Dict[str, Any]) -> Optional[int]:
-    """Return the first count above 0 under a name's aliases, else 0; None without any."""
-    found = None
-    for source in filter(None, sources):
-        for alias in COUNT_NAMES[name]:
-            if alias in source:
-                count = count_or_none(source[alias])
-                if count:
-                    return count
-                found = found if count is None else 0
-    return found
+def token_counts(fields: Dict[str, Any]) -> Dict[str, int]:
+    """Return the counts of a usage, by their names in chat completions.
+
+    Of several names or places of a count, the first above 0 rules; but the name in chat completions
+    before any other, and the usage itself before its details.
+    """
+    counts: Dict[str, int] = {}
+    details = [as_dict(fields[name]) for name in COUNT_DETAILS if name in fields]
+    for source in (*details, fields):
+        for alias in filter(COUNT_NAMES.__contains__, source):
+            name, count = COUNT_NAMES[alias], count_or_none(source[alias])
+            if count is not None and (not counts.get(name) or count and alias == name):
+                counts[name] = count
+    return counts
 
 
 _JSON = json.JSONDecoder()
@@ -6953,21 +6959,20 @@ class StreamEnd(NamedTuple):
     hints: Tuple[bytes, ...]  # one is in every match, and rfind() is faster than the pattern
     mid_stream: Tuple[bytes, ...] = ()  # ends of typical events that need no search for a match
 
-    def matches(self, data: bytes) -> Iterable["re.Match[bytes]"]:
-        """Return the matches in data."""
-        found = [at for at in (first_position(data, hint) for hint in self.hints) if at >= 0]
-        return self.pattern.finditer(data, max(0, min(found) - 64)) if found else ()
+    def matches(self, data: bytes, start: int = 0) -> Iterable["re.Match[bytes]"]:
+        """Return the matches in data from an index on, which is the start of a line."""
+        found = [at for at in (data.find(hint, start) for hint in self.hints) if at >= 0]
+        line_start = data.rfind(b"\n", 0, min(found, default=0))
+        return self.pattern.finditer(data, max(0, line_start)) if found else ()
 
-
-def first_position(data: bytes, word: bytes) -> int:
-    """Return the index of the first occurrence, or -1, as data.find().
-
-    Of 200 tokens at once the last one has the word: from the end the search takes a third.
-    """
-    at = earlier = data.rfind(word)
-    while earlier >= 0:
-        at, earlier = earlier, data.rfind(word, 0, earlier)
-    return at
+    def mid_stream_length(self, data: bytes) -> int:
+        """Return the length of typical events at the start of data; 0 if not all are."""
+        for end in self.mid_stream:
+            length = data.rfind(end) + len(end)
+            if length >= len(end):  # each line break must belong to such an end
+                is_typical = data.count(b"\n", 0, length) == 2 * data.count(end, 0, length)
+                return length if is_typical else 0
+        return 0
 
 
 DONE = rb"(?:^|[\r\n])data: *\[DONE\] *(\r\n?|\n|$)"
@@ -7050,6 +7055,7 @@ class PassthroughDecoder(Decoder):
         self.upstream_name, self.end, self.secrets = upstream_name, end or DONE_ONLY, secrets
         self.rename = ModelName(model)
         self.end_seen = end is None
+        # Of typical events only errors are looked for: of a burst of tokens nearly all are.
         self.mid_stream = () if model else self.end.mid_stream
         self.buffer = bytearray()  # an incomplete line
         self.opening = bytearray()  # what precedes the first content
@@ -7065,22 +7071,23 @@ class PassthroughDecoder(Decoder):
         if not self.started:
             data = self._without_opening(data)
             self.first_usage = last_usage(data[:MAX_USAGE])
+        typical = self.end.mid_stream_length(data) if self.mid_stream else 0
         # Some errors have only the name of their event. rfind() takes half the time of ``in``.
-        if data.rfind(b'"error') >= 0 or data.rfind(b"event: error") >= 0:
-            data = redact_bytes(data, self.secrets)
+        if data.rfind(b'"error') >= 0 or data.rfind(b"event: error", typical) >= 0:
+            data, typical = redact_bytes(data, self.secrets), 0
         if len(self.buffer) + len(self.opening) > self.MAX_HELD:
             self.error = truncated(self.upstream_name, "sent a line that is too long, or no answer")
         if not data:
             return []
-        data = self._find_end(self.rename(data))
-        self._note(data)
+        data = self._find_end(self.rename(data), typical)
+        self._note(data, typical)
         return [RawBytes(data, self._usage() if self.complete else None)]
 
-    def _note(self, data: bytes) -> None:
+    def _note(self, data: bytes, typical: int = 0) -> None:
         """Remember what is needed of a part that is passed on."""
         self.tail = (self.tail + data[-3:])[-3:]
-        if data.rfind(b'"usage"') >= 0:
-            self.last_parts.append(data)
+        if data.rfind(b'"usage"', typical) >= 0:
+            self.last_parts.append(data[typical:])
 
     def _usage(self) -> Optional[Dict[str, Any]]:
         """Return the usage of the answer so far."""
@@ -7094,17 +7101,14 @@ class PassthroughDecoder(Decoder):
             and not self.buffer
             and data.endswith(self.mid_stream)
             and b'"error' not in data
-            and (
-                data.find(b"\n") == len(data) - 2
-                or any(data.count(b"\n") == 2 * data.count(end) for end in self.mid_stream)
-            )  # every line break belongs to such a suffix
+            and (data.find(b"\n") == len(data) - 2 or self.end.mid_stream_length(data) == len(data))
         ):
             return data
         return b""
 
-    def _find_end(self, data: bytes) -> bytes:
+    def _find_end(self, data: bytes, typical: int) -> bytes:
         """Return the data up to the stream's last event, if it contains that."""
-        for match in self.end.matches(data):
+        for match in self.end.matches(data, typical):
             self.end_seen, line_break = True, match[1]
             if line_break:
                 self.complete = True
@@ -10710,7 +10714,15 @@ class Connection:
             self.submit(request, functools.partial(self.server.serve_request, request))
 
     def submit(self, request: Request, task: Callable[[], None]) -> None:
-        """Run a step of the request on a worker; reject or disconnect without one."""
+        """Run a step of the request on a worker, once the loop has handled what is ready.
+
+        A worker started earlier only waits for the interpreter's lock, which the loop holds: that
+        makes four switches of threads per request out of one.
+        """
+        self.loop.scheduled.append(functools.partial(self._submit, request, task))
+
+    def _submit(self, request: Request, task: Callable[[], None]) -> None:
+        """Submit a task; reject or disconnect the client if no thread can be started."""
         try:
             self.server.submit(task)
         except RuntimeError as error:  # the system allows no more threads
@@ -12781,9 +12793,8 @@ def log_access(request: Request, now: float) -> None:
         "trace": trace[1] if trace else "",
         "id": request.id,
     }
-    text = " ".join(
-        [f"{name}={value}" for name, value in facts.items() if value != "" and value is not None]
-    )
+    known = [fact for fact in facts.items() if fact[1] not in ("", None)]
+    text = " ".join(map("%s=%s".__mod__, known))
     # Not by log.log(): its search for the calling line takes 4 % of a small request's CPU time.
     log.handle(
         log.makeRecord(log.name, level, "akashproxy.py", 0, text, (), None, extra={"facts": facts})
@@ -13800,6 +13811,7 @@ def command(argv: List[str]) -> int:
     handler = LogWriter(sys.stderr.fileno()) if sys.stderr else logging.NullHandler()
     handler.setFormatter(LogFormat(settings.log_format))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # not shown
     demo: Dict[str, Any] = {}
     if options.demo:
         controllers = (ControllerSettings(type="akash", tools="prompt"),)

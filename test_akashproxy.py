@@ -8332,7 +8332,7 @@ def test_a_bug_of_a_decoder_is_that_controllers_failure(when, streamed, a, b, po
     own(type("Own", (OwnHTTP,), {"decoder": lambda self, head: 1 / 0 if when == "head" else Buggy()}))
     a.faults.append(a.steps(STREAM_HEAD + chunk(b'0:"half"\n'), *[fed] * (when == "later"), (chunk(STOP) if when != "end" else b"") + b"0\r\n\r\n"))
     name = f"own-{when}-{streamed}"
-    server = pool((a, {"type": "own", "name": name}), (b, {"priority": 2}))
+    server = pool((a, {"type": "own", "name": name, "models": ("both",)}), (b, {"priority": 2}))
     got = chat(server, BOTH, stream=streamed)
     wait_for(lambda: ask(server, path="/status").json["controllers"][0]["failed"] >= 1)
     if streamed and when in ("later", "end"):
