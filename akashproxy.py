@@ -10478,7 +10478,7 @@ class Request:
     counted = False  # holds a slot of the key
     reader: Optional["BodyReader"] = None  # while the body is being read
     call: Optional[Call] = None  # set for model calls and images
-    exchange: Optional[Exchange] = None  # until the response is complete
+    source: Any = None  # Exchange or UpstreamResponse, closed when the response is complete
     relay: Optional["StreamRelay"] = None  # while STREAMING
 
     def __init__(self, connection: "Connection") -> None:
@@ -10777,15 +10777,16 @@ class Connection:
         if first and not last:
             self.loop.call_soon_threadsafe(self.flush)
 
+    def has_room(self) -> bool:
+        return len(self.output) < self.HIGH_WATER
+
     def wait_for_room(self) -> None:
         """Block while output is above HIGH_WATER. Worker thread.
 
         Raises ClientDisconnected if the connection is closed.
         """
         with self.room:
-            self.room.wait_for(
-                lambda: len(self.output) < self.HIGH_WATER or self.state is State.CLOSED
-            )
+            self.room.wait_for(lambda: self.has_room() or self.state is State.CLOSED)
             if self.state is State.CLOSED:
                 raise ClientDisconnected("the client disconnected")
 
@@ -10813,6 +10814,15 @@ class Connection:
             callback()
         return True
 
+    def when_drained(self, callback: Callable[[], None]) -> None:
+        """Call back once all output is sent; end the request of a disconnected client."""
+        if self.state is State.CLOSED:
+            self.end_request()
+        elif self.output:
+            self.on_drained = callback
+        else:
+            callback()
+
     def _start_write_timeout(self) -> None:
         """Restart the write timeout: it bounds a stall, not the whole response."""
         timeout = self.server.settings.write_timeout
@@ -10830,8 +10840,8 @@ class Connection:
             self.on_drained = self.end_request
             return
         self.request = None
-        if request.exchange is not None:
-            request.exchange.close()
+        if request.source is not None:
+            request.source.close()
         self.server.on_request_end(request)
         del request.writer  # breaks a reference cycle: its memory is free at once
         if self.state is State.CLOSED:
@@ -10882,7 +10892,7 @@ class Connection:
             return
         if request.relay is not None:
             request.relay.on_client_disconnect()
-        elif on_drained is not None:  # end_request() has been waiting for the output to be sent
+        elif on_drained is not None:  # no worker has it: the output was to be sent first
             self.end_request()
         request.cancellation.cancel()
 
@@ -11194,7 +11204,7 @@ class StreamRelay:
         """Send the last frames, and let the connection read its next request."""
         self.client_done, self.fast_path = True, ()
         self.responder.finish(frames)
-        self.request.relay = self.request.exchange = None
+        self.request.relay = self.request.source = None
         self.connection.end_request()
 
     def _finish(self) -> None:
@@ -11870,8 +11880,8 @@ class ResponseFile(io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
+        self.writer.connection.wait_for_room()  # before: the last part is not waited for
         self.writer.write(bytes(data))
-        self.writer.connection.wait_for_room()
         return len(data)
 
 
@@ -11985,8 +11995,8 @@ class CallResponder:
             frames += self.dialect.encode([event])
             if isinstance(event, Finish):
                 break
-            self.writer.write(frames)
             self.writer.connection.wait_for_room()
+            self.writer.write(frames)
             frames = b""
         self.finish(frames)
 
@@ -12153,7 +12163,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if request.key is not None:
             acquire_key(request, request.key, dialect.call)
         self.dialect = dialect
-        request.exchange = exchange = Exchange(self.server.pool, dialect.call)
+        request.source = exchange = Exchange(self.server.pool, dialect.call)
         request.record.route = exchange.route  # the list itself, which grows
         return CallResponder(request, exchange, dialect, self.run).attempt()
 
@@ -12253,6 +12263,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 headers.update(call_headers(self.request))
                 self.send_json(self.dialect.status(error), self.dialect.error_body(error), headers)
 
+    def send_parts(self, parts: Iterator[bytes]) -> bool:
+        """Send parts of the body; True if it goes on once the client has read them."""
+        writer, connection = self.request.writer, self.connection
+        try:
+            for data in parts:
+                writer.write(data)
+                if not connection.has_room():
+                    step = functools.partial(self.run, functools.partial(self.send_parts, parts))
+                    resume = functools.partial(connection.submit, self.request, step)
+                    connection.loop.call_soon_threadsafe(
+                        functools.partial(connection.when_drained, resume)
+                    )
+                    return True
+            writer.finish()
+        except APIError as error:
+            log.warning("%s: an image broke off: %s", self.request.id, error.message)
+            writer.break_off()
+        return False
+
     def log_message(self, format: str, *args: Any) -> None:
         log.info(format, *args)
 
@@ -12341,33 +12370,25 @@ def get_response(handler: Handler) -> None:
     raise APIError(404, "Responses are not stored here.", code="not_found")
 
 
-def get_image(handler: Handler) -> None:
+def get_image(handler: Handler) -> bool:
     """Relay an image; the upstream itself lets no other origin embed it."""
-    request, writer = handler.request, handler.request.writer
+    request = handler.request
     if not IMAGE_NAME.fullmatch(request.route.remainder):
         raise APIError(404, "The image does not exist.", code="not_found")
     call = Call({"model": "image"})
     request.begin_call(call)
-    response = handler.server.pool.image(request.route.remainder, call.scope)
+    request.source = response = handler.server.pool.image(request.route.remainder, call.scope)
     # private if there are tokens: a shared cache would serve the image without one
     cacheability = "private" if request.settings.needs_token else "public"
-    try:
-        headers = {
-            "Content-Type": response.headers["content-type"],
-            "Cache-Control": f"{cacheability}, max-age=31536000, immutable",
-            "Content-Security-Policy": "sandbox; default-src 'none'",
-            "X-Content-Type-Options": "nosniff",
-            "Cross-Origin-Resource-Policy": "cross-origin",
-        }
-        writer.start(200, headers.items())
-        for data in response.iter_bytes() if handler.command == "GET" else ():
-            handler.wfile.write(data)
-        writer.finish()
-    except APIError as error:
-        log.warning("%s: an image broke off: %s", request.id, error.message)
-        writer.break_off()
-    finally:
-        response.close()
+    headers = {
+        "Content-Type": response.headers["content-type"],
+        "Cache-Control": f"{cacheability}, max-age=31536000, immutable",
+        "Content-Security-Policy": "sandbox; default-src 'none'",
+        "X-Content-Type-Options": "nosniff",
+        "Cross-Origin-Resource-Policy": "cross-origin",
+    }
+    request.writer.start(200, headers.items())
+    return handler.send_parts(response.iter_bytes() if handler.command == "GET" else iter(()))
 
 
 # {path: {method: Dialect subclass, or function of a Handler}}. {} matches the path's remainder.

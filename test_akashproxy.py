@@ -7039,6 +7039,25 @@ def test_a_client_that_does_not_read_its_picture_is_dropped(akash, serve):
     wait_for(lambda: not akash.open)
 
 
+@pytest.mark.parametrize("leaves", [False, True])
+def test_clients_that_read_their_pictures_slowly_hold_no_worker(leaves, akash, serve):
+    data, honest = random.Random(7).randbytes(8 << 20), akash.answer
+    akash.answer = lambda sock, request: (
+        sock.sendall(reply(body=data, kind="image/png")) if "/image/" in request.path else honest(sock, request)) or True
+    server, before = serve(), set(threading.enumerate())
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(lazy_client(server, head_of("GET", "/images/x.png", "Connection: close"))) for _ in range(8)]
+        workers = lambda: [thread for thread in threading.enumerate() if thread.name == "akashproxy worker" and thread not in before]
+        wait_for(lambda: sum(bool(connection.output) for connection in server.connections.copy()) == 8 and len(workers()) == server.workers.idle)
+        assert max(len(connection.output) for connection in server.connections.copy()) < 1 << 20, "a bounded part of it waits here"
+        if not leaves:
+            clients[0].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+            head, _, body = receive(clients[0]).partition(b"\r\n\r\n")
+            assert unchunked(body) == data and b" 200 " in head
+    settle(server)
+    wait_for(lambda: not akash.open or not leaves)
+
+
 @pytest.mark.parametrize("field, pause", [("Connection: keep-alive", 0), ("Connection: close", 0), ("Connection: close", 0.4)])
 def test_a_slow_client_gets_the_end_of_its_stream(field, pause, pool):
     a = FakeOpenAI(text="word " * 60000)
