@@ -1565,7 +1565,7 @@ class Settings(ValidatedSettings):
         "default: all if a token is needed, else local ones",
         web_origin,
     )
-    connect_timeout: float = setting(10.0, "seconds to connect to an upstream", positive)
+    connect_timeout: float = setting(10.0, "seconds to connect to an upstream, handshakes included", positive)
     session_timeout: float = setting(
         15.0, "seconds for an upstream to send a session, model list or image state", positive
     )
@@ -2554,14 +2554,59 @@ class ConnectionPool(urllib.request.BaseHandler):
             connection = http.client.HTTPConnection(request.host, timeout=request.timeout)
         if request._tunnel_host:
             connection.set_tunnel(request._tunnel_host, headers=request.tunnel_headers)
-        if self.socks:  # HTTPConnection.connect() opens its socket with this attribute
-            connection._create_connection = self.socks.connect  # type: ignore[attr-defined]
+        # HTTPConnection.connect() opens its socket with this attribute.
+        connect = self.socks.connect if self.socks else connect_within
+        connection._create_connection = connect  # type: ignore[attr-defined]
         try:
             connection.connect()
         except BaseException:
             connection.close()
             raise
         return connection.sock
+
+
+class DeadlineSocket(socket.socket):
+    """A socket that connects, and is read by makefile(), within so many seconds in all.
+
+    http.client reads a proxy's reply in this way. A TLS handshake gets the seconds that are left.
+    """
+
+    def __init__(self, family: int, kind: int, protocol: int, seconds: float) -> None:
+        super().__init__(family, kind, protocol)
+        self.deadline = time.monotonic() + seconds
+
+    def connect(self, address: Any) -> None:
+        self._limit()
+        super().connect(address)
+        self._limit()
+
+    def recv_into(self, *args: Any) -> int:
+        self._limit()
+        size = super().recv_into(*args)
+        self._limit()
+        return size
+
+    def _limit(self) -> None:
+        self.settimeout(max(0.001, self.deadline - time.monotonic()))
+
+
+def connect_within(address: Tuple[str, int], seconds: float, *_: Any) -> DeadlineSocket:
+    """Connect as socket.create_connection(); ``seconds`` include the handshakes that follow."""
+
+    def connect(family: int, kind: int, protocol: int, _: str, target: Any) -> DeadlineSocket:
+        sock = DeadlineSocket(family, kind, protocol, seconds)
+        try:
+            sock.connect(target)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    *others, last = socket.getaddrinfo(*address, 0, socket.SOCK_STREAM)
+    for info in others:
+        with contextlib.suppress(OSError):
+            return connect(*info)
+    return connect(*last)
 
 
 class ConnectError(OSError):
@@ -2610,8 +2655,8 @@ class SocksProxy:
         self.user, self.password = proxy_credentials(url)
 
     def connect(self, address: Tuple[str, int], *options: Any) -> socket.socket:
-        """Return a socket connected to an address; as socket.create_connection()."""
-        sock = socket.create_connection((self.host, self.port), *options)
+        """Return a socket connected to an address; as connect_within()."""
+        sock = connect_within((self.host, self.port), *options)
         try:
             with sock.makefile("rb") as replies:  # reads no byte of the upstream: clients begin
                 problem = self._negotiate(sock, replies, *address)

@@ -6460,10 +6460,52 @@ def test_an_unreachable_upstream_is_explained_with_its_host(url, proxy, kind, wo
     assert not any(str(port) in got.body.decode() for port in ports)
 
 
-def test_a_refusal_of_tls_is_explained(pool):
+def test_a_refusal_of_tls_is_explained(pool, caplog):
     upstream = Scripted(b"\x15\x03\x03\0\2\2\x28")       # handshake_failure
-    got = chat(pool((upstream, {"base_url": f"https://127.0.0.1:{upstream.port}/v1"})), BOTH)
+    server = pool((upstream, {"base_url": f"https://127.0.0.1:{upstream.port}/v1"}))
+    got = chat(server, BOTH)
     assert got.status == 502 and re.search(r"could not be reached: TLS failed \([a-z0-9 ]*handshake failure\)\.$", got.json["error"]["message"])
+    status, = ask(server, path="/status").json["controllers"]
+    warning, = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "TLS failed" in status["last_error"] and "TLS failed" in warning
+
+
+class Dripping(Scripted):
+    """Answers a request with one byte after the other; .gone tells that its client has left."""
+
+    def serve(self, sock):
+        with sock, contextlib.suppress(OSError):
+            for answer in self.answers:
+                sock.recv(65536)
+                for byte in answer:
+                    sock.sendall(bytes([byte]))
+                    self.gone.wait(0.02)
+        self.gone.set()
+
+
+@table({  # (the upstream, the proxy before it, in which {} is the port of what answers): its bytes
+    "CONNECT": ("https://a.b", "http://127.0.0.1:{}", b"HTTP/1.1 200 " + b"x" * 60000),
+    "headers of CONNECT": ("https://a.b", "http://127.0.0.1:{}", b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 10000),
+    "SOCKS": ("http://127.0.0.1:1", "socks5h://127.0.0.1:{}", b"\5\0", b"\5\0\0\3\xff" + b"x" * 257),
+    "TLS": ("https://127.0.0.1:{}", "", b"\x16\x03\x03\x3f\xff\2\0\x3f\xfb" + b"x" * 16000),
+})
+def test_the_time_to_connect_is_that_of_all_handshakes_together(case, pool):
+    url, proxy, *answers = case
+    slow = Dripping(*answers)
+    server = pool((slow, {"base_url": url.format(slow.port) + "/v1", "proxy": proxy.format(slow.port)}), connect_timeout=0.3)
+    started = time.monotonic()
+    got = chat(server, BOTH)
+    assert (got.status, got.json["error"]["message"]) == (504, "a could not be reached in time.") and time.monotonic() - started < 3
+    wait_for(slow.gone.is_set)
+
+
+def test_the_next_address_of_a_name_is_tried(fake, monkeypatch):
+    with socket.create_server(("127.0.0.2", 0)) as closed:
+        nobody = closed.getsockname()
+    look_up = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: look_up(*nobody, 0, socket.SOCK_STREAM) + look_up("127.0.0.1", fake.port, 0, socket.SOCK_STREAM))
+    with akashproxy.connect_within(("two.example", fake.port), 5) as sock:
+        assert sock.getpeername() == ("127.0.0.1", fake.port) and 0 < sock.gettimeout() <= 5
 
 
 class TLSOpenAI(FakeOpenAI):
