@@ -3113,6 +3113,7 @@ def upstream_error(
         return exhausted_error(error)
     if not isinstance(error, NETWORK_ERRORS):
         return unexpected_error(error, upstream_name)
+    reason = reason or tls_problem(error)
     if reason:
         message = f"{upstream_name} could not be reached: {reason}."
         log.warning("%s", message)
@@ -3130,13 +3131,22 @@ def network_problem(error: Exception, in_body: bool) -> str:
     if isinstance(error, (http.client.HTTPException, ProtocolError)):
         cut = ": connection lost: it broke off its answer"
         return cut if in_body else ": it sent something that is not HTTP"
-    if (
-        isinstance(error, (ConnectionError, RaggedEnd))
-        or getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING"  # Python 3.9
-    ):
+    if is_cut(error):
         return ": connection lost: it broke off the connection"
-    tls_problem = str(getattr(error, "reason", "")).lower().replace("_", " ")
-    return " could not be reached" + (f": TLS failed ({tls_problem})" if tls_problem else "")
+    return " could not be reached"
+
+
+def is_cut(error: Exception) -> bool:
+    """Return whether the peer has closed a connection, with TLS or without."""
+    reason = getattr(error, "reason", "")  # Python 3.9 has no class for it
+    is_eof = isinstance(error, RaggedEnd) or reason == "UNEXPECTED_EOF_WHILE_READING"
+    return is_eof or isinstance(error, ConnectionError)
+
+
+def tls_problem(error: Exception) -> str:
+    """Reason why TLS failed; "" if something else did."""
+    reason = "" if is_cut(error) else str(getattr(error, "reason", ""))
+    return f"TLS failed ({reason.lower().replace('_', ' ')})" if reason else ""
 
 
 def exhausted_error(error: Exception) -> APIError:
