@@ -5337,7 +5337,11 @@ def redact_bytes(data: bytes, secrets: Iterable[str]) -> bytes:
 
 
 # Characters as URLs, JSON or HTML may write them.
-_ESCAPE = re.compile(r"(?:%(?:25){0,2}|\\u00|\\x|&#x)([2-7][0-9a-f]);?", re.I)
+_ESCAPE = re.compile(
+    r"(?:(?:%(?:25){0,2}|\\u00|\\x|&#x0{0,6})([2-7][0-9a-f])"
+    r"|&#0{0,6}(3[2-9]|[4-9][0-9]|1[01][0-9]|12[0-7])(?![0-9]));?",
+    re.I,
+)
 MAX_UNESCAPED = 1 << 17  # characters; longer strings are not unescaped
 MAX_FOUND = 10_000  # secrets; a string with more is replaced
 
@@ -5345,7 +5349,9 @@ MAX_FOUND = 10_000  # secrets; a string with more is replaced
 def _without_secrets(text: str, secrets: Iterable[str]) -> str:
     spans = _secret_spans(text, secrets)
     if len(text) <= MAX_UNESCAPED and _ESCAPE.search(text):
-        unescaped = _ESCAPE.sub(lambda match: chr(int(match[1], 16)), text)
+        unescaped = _ESCAPE.sub(
+            lambda match: chr(int(match[1], 16) if match[1] else int(match[2])), text
+        )
         hidden = _secret_spans(unescaped, secrets)
         text, spans = (unescaped, hidden) if len(hidden) > len(spans) else (text, spans)
     if len(spans) == MAX_FOUND:
