@@ -3084,16 +3084,19 @@ def is_exhausted(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in EXHAUSTED
 
 
-exhaustion_logged_at = -math.inf  # by time.monotonic()
+class ExhaustionLog:
+    """Logs that this machine lacks resources, at most once in 10 seconds. Any thread."""
+
+    logged_at = -math.inf  # by time.monotonic()
+
+    def __call__(self, message: str, error: Exception) -> None:
+        now = time.monotonic()
+        if now >= self.logged_at + 10.0:
+            self.logged_at = now
+            log.error("%s: %s", message, error)
 
 
-def log_exhaustion(message: str, error: Exception) -> None:
-    """Log that this machine lacks resources, at most once in 10 seconds. Any thread."""
-    global exhaustion_logged_at
-    now = time.monotonic()
-    if now >= exhaustion_logged_at + 10.0:
-        exhaustion_logged_at = now
-        log.error("%s: %s", message, error)
+log_exhaustion = ExhaustionLog()
 
 
 def upstream_error(

@@ -3710,7 +3710,7 @@ def test_a_lone_controller_rests_only_where_it_was_told_to_and_shows_that(a, poo
 
 @pytest.mark.parametrize("number", ["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"])
 def test_our_own_lack_of_resources_is_not_the_upstreams_failure(number, caplog):
-    akashproxy.exhaustion_logged_at = -math.inf
+    akashproxy.log_exhaustion.logged_at = -math.inf
     errors = [akashproxy.upstream_error(OSError(getattr(errno, number), "x"), akashproxy.CancelScope(), "b") for _ in range(50)]
     assert {(error.status, error.category, error.headers()["Retry-After"]) for error in errors} == {(503, Category.LOCAL, "1")}
     assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
