@@ -1565,7 +1565,9 @@ class Settings(ValidatedSettings):
         "default: all if a token is needed, else local ones",
         web_origin,
     )
-    connect_timeout: float = setting(10.0, "seconds to connect to an upstream, handshakes included", positive)
+    connect_timeout: float = setting(
+        10.0, "seconds to connect to an upstream, handshakes included", positive
+    )
     session_timeout: float = setting(
         15.0, "seconds for an upstream to send a session, model list or image state", positive
     )
@@ -4363,6 +4365,10 @@ class Controller:
         """Ask whether the rate limit of this account has ended; None if unknown."""
         return None
 
+    def login_problem(self) -> str:
+        """Ask for the state of the login; return what is wrong with it, or ""."""
+        return ""
+
     def take_over(self, previous: Any) -> None:
         """Continue the state of a controller of the same account, before a reload."""
 
@@ -5445,6 +5451,7 @@ class AkashLogin:
 
     PATH = "/api/auth/me/"
     INTERVAL, RETRY = 4 * 3600.0, 300.0  # seconds until it is renewed, and after a failure
+    ENDED = "its login has ended: set a new cookie"
     COOKIE = re.compile(r"(appSession(?:\.[0-9]{1,2})?)=([^;,\s\"\\]+)")
 
     def __init__(
@@ -5468,9 +5475,10 @@ class AkashLogin:
         now = self.clock()
         if self.state and now >= self.renew_at:
             self.renew_at = now + self.RETRY
-            start_thread(self._renew, "akash login")
+            start_thread(self.renew, "akash login")
 
-    def _renew(self) -> None:
+    def renew(self) -> None:
+        """Renew a login, and update its state. Worker thread."""
         try:
             response, _ = self.transport.get_json(self.PATH)
         except APIError as error:
@@ -5485,7 +5493,7 @@ class AkashLogin:
         if self.state == "active":
             self._keep(response.headers.get("set-cookie", ""))
         elif before != "ended":
-            log.warning("%s: its login has ended: set a new cookie", self.name)
+            log.warning("%s: %s", self.name, self.ENDED)
 
     def _keep(self, set_cookie: str) -> None:
         """Put the login's new cookies in the place of its old ones."""
@@ -6340,6 +6348,11 @@ class AkashController(Controller):
         response, status = self.transport.get_json(self.LIMIT_PATH)
         blocked = as_dict(status).get("blocked")
         return not blocked if response.status == 200 and isinstance(blocked, bool) else None
+
+    def login_problem(self) -> str:
+        if self.login.state:
+            self.login.renew()
+        return self.login.ENDED if self.login.state == "ended" else ""
 
     def take_over(self, previous: Any) -> None:
         self.login.set_cookie(previous.login.cookie)
@@ -7911,20 +7924,23 @@ def enforce_deadlines() -> None:
 
 
 def ask_upstream(upstream: Upstream) -> Tuple[bool, str]:
-    """Ask for the model list: whether it came, and a sentence on the upstream's state."""
+    """Ask for models and login: whether both are right, and a sentence on the state."""
     started_at = time.monotonic()
     _, names, error = upstream.list_models()
+    login_problem = "" if error else upstream.controller.login_problem()
     seconds = time.monotonic() - started_at
     if error is None:
         key = "key accepted" if upstream.options.api_key else "no key needed"
         count = len(names or ())
         state = f"reachable, {key}, {count} model{'s' if count != 1 else ''}"
+        state += login_problem and f", but {login_problem}"
     elif error.category is Category.AUTH:
         state = f"reachable, key rejected: {error.message}"
     else:
         reached = "reachable, but lists no models" if error.upstream_status else "not reachable"
         state = f"{reached}: {error.reason or without_name(error.message, upstream.name)}"
-    return error is None, f"{upstream.name}: {state.rstrip('.')}, {seconds * 1000:.0f} ms"
+    all_right = not (error or login_problem)
+    return all_right, f"{upstream.name}: {state.rstrip('.')}, {seconds * 1000:.0f} ms"
 
 
 def without_name(message: str, name: str) -> str:

@@ -11253,6 +11253,18 @@ def test_check_asks_each_controller(openai_fakes, akash, config):
     assert re.fullmatch(r"good: reachable, key accepted, 2 models, \d+ ms", good)
 
 
+@table({"it has ended": (SIGNED_OUT, 1, ", but its login has ended: set a new cookie"), "it goes on": (signed_in("appSession=two"), 0, ""),
+        "it can't be asked for": (None, 0, "")})
+def test_check_asks_for_logins(answer, status, words, akash, config):
+    akash.me = answer
+    path = config({"akash_base_url": akash.url, "controllers": [{"name": "one", "type": "akash", "cookie": "appSession=s3cret"}, {"name": "none", "type": "akash"}]})
+    done = run("--check", "--ask", "--config-file", path)
+    one, none = done.stdout.strip().splitlines()[-2:]
+    assert re.fullmatch(rf"one: reachable, no key needed, 3 models{words}, \d+ ms", one) and re.fullmatch(r"none: reachable, no key needed, 3 models, \d+ ms", none)
+    assert done.returncode == status and "s3cret" not in one + done.stderr
+    assert [request.path for request in akash.requests].count("/api/auth/me/") == 1
+
+
 @pytest.fixture
 def openai_fakes():
     """Two upstreams, and the URL of a port that nothing listens on."""
