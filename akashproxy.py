@@ -540,7 +540,8 @@ class Category(enum.Enum):
     REFUSED = "refused"  # rejected for its model, content or size only
     REQUEST = "request"  # malformed: every upstream would reject it
     SERVER = "server"  # 5xx
-    NETWORK = "network"  # refused, timed out or cut off
+    CUT = "cut"  # accepted, then cut off without a complete response
+    NETWORK = "network"  # no connection, no response in time, or a malformed one
     RATE_LIMIT = "limit"
 
 
@@ -2884,7 +2885,11 @@ class UpstreamResponse:
         if self.reused and not self.status and not self.head_buffer and self.scope.reason is None:
             message = f"{upstream_name} broke off the connection."
             return APIError(502, message, code="connection", category=Category.RETRY)
-        return upstream_error(error, self.scope, upstream_name, in_body=self.body is not NO_BODY)
+        in_body = self.body is not NO_BODY
+        failure = upstream_error(error, self.scope, upstream_name, in_body=in_body)
+        if is_cut(error) or in_body and isinstance(error, ProtocolError):
+            failure.category = Category.CUT
+        return failure
 
     def reset_idle_deadline(self, started: bool = True) -> None:
         """Set the deadline of the next read, or of the first content until it has arrived."""
@@ -7549,15 +7554,16 @@ FAILURE_POLICY = {
     Category.REFUSED: FailurePolicy(True),
     Category.REQUEST: FailurePolicy(False),
     Category.SERVER: FailurePolicy(True, 3, "server error"),
+    Category.CUT: FailurePolicy(True, 1, "connection failed or was cut off"),
     Category.NETWORK: FailurePolicy(True, 1, "connection failed or was cut off"),
     Category.RATE_LIMIT: FailurePolicy(True, 1, "rate limit"),
 }
 SUMMARY_BY_CODE = {"timeout": "no answer in time", "image_failed": "the image failed"}
 AUTH_COOLDOWN, BACKOFF_BASE, BACKOFF_MAX = 600.0, 1.0, 60.0  # seconds
 # Those with cool-downs of a length we guess.
-BACKOFF_CATEGORIES = (Category.AUTH, Category.NETWORK, Category.SERVER)
-# Those whose cause may be one client's request, such as a model that is broken.
-OF_ONE_REQUEST = (Category.AUTH, Category.SERVER)
+BACKOFF_CATEGORIES = (Category.AUTH, Category.CUT, Category.NETWORK, Category.SERVER)
+# Those whose cause may be one client's request, such as one that crashes the upstream.
+OF_ONE_REQUEST = (Category.AUTH, Category.CUT, Category.SERVER)
 KEY_TRUST = 300.0  # seconds after a success during which one rejection doesn't prove a key bad
 RECHECK = 600.0  # seconds of a cool-down after which a single request probes the upstream
 MAX_MODEL_COOLDOWNS = 256  # cool-downs of single models per controller

@@ -3463,13 +3463,16 @@ def test_when_all_cool_down_the_soonest_is_told(a, b, pool):
     assert len(a.bodies()) == len(b.bodies()) == 1
 
 
-@pytest.mark.parametrize("kind", ["akash", "openai"])
-def test_a_broken_model_keeps_no_other_model_from_being_served(kind, pool):
+@table({  # (the kind of upstream, its answer to requests for the broken model, does it keep the connection then)
+    "an error of Akash": ("akash", STREAM_HEAD + chunks(b'3:"Internal Server Error"\n'), True), "a 5xx": ("openai", reply(500, b"{}"), True),
+    "a cut": ("openai", b"", False), "a cut within the head": ("openai", b"HTTP/1.1 200 OK\r\nA", False),
+    "a cut within the body": ("openai", reply(200, b'{"id": "c"', chunked=False)[:-2], False), "a cut of Akash": ("akash", STREAM_HEAD + chunk(STEP), False),
+})
+def test_a_broken_model_keeps_no_other_model_from_being_served(kind, failed, keeps, pool):
     fakes = [FakeAkash(), FakeAkash()] if kind == "akash" else [FakeOpenAI(), FakeOpenAI()]
-    failed = STREAM_HEAD + chunks(b'3:"Internal Server Error"\n') if kind == "akash" else reply(500, b"{}")
     for fake in fakes:
         fake.answer = lambda sock, request, answer=fake.answer: (
-            sock.sendall(failed) or True if b'"broken"' in request.body else answer(sock, request))
+            sock.sendall(failed) or keeps if b'"broken"' in request.body else answer(sock, request))
     server = known(pool(*fakes))
     for _ in range(9):
         assert chat(server, BOTH, model="broken").status == 502
