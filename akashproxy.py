@@ -2569,7 +2569,7 @@ class ConnectionPool(urllib.request.BaseHandler):
 
 
 class DeadlineSocket(socket.socket):
-    """A socket that connects, and is read by makefile(), within so many seconds in all.
+    """A socket that connects, and is read as a file, within so many seconds in all.
 
     http.client reads a proxy's reply in this way. A TLS handshake gets the seconds that are left.
     """
@@ -2594,7 +2594,7 @@ class DeadlineSocket(socket.socket):
 
 
 def connect_within(address: Tuple[str, int], seconds: float, *_: Any) -> DeadlineSocket:
-    """Connect as socket.create_connection(); ``seconds`` include the handshakes that follow."""
+    """Connect to an address; ``seconds`` include the handshakes that follow."""
 
     def connect(family: int, kind: int, protocol: int, _: str, target: Any) -> DeadlineSocket:
         sock = DeadlineSocket(family, kind, protocol, seconds)
@@ -4556,7 +4556,7 @@ class Cache(Generic[T]):
 
     ``fetch`` returns the value and its lifetime in seconds. If it ``expires``, it ends with that
     time, and a thread replaces it during the last fifth. Otherwise it is used until a caller that
-    finds it old has replaced it, and a failure without any value is repeated for RETRY seconds.
+    finds it old has replaced it, and a failure without any value is repeated for ``retry`` seconds.
     """
 
     RETRY = 15.0  # seconds between two attempts to replace a value
@@ -4567,8 +4567,10 @@ class Cache(Generic[T]):
         fetch: Callable[[], Tuple[T, float]],
         clock: Callable[[], float] = time.monotonic,
         expires: bool = False,
+        retry: float = RETRY,
     ) -> None:
         self.name, self.fetch, self.clock, self.expires = name, fetch, clock, expires
+        self.retry = retry
         self.lock = threading.Lock()  # held during a fetch
         self.value: Optional[T] = None
         self.refresh_at = self.expires_at = -math.inf
@@ -4621,7 +4623,7 @@ class Cache(Generic[T]):
     def _replace(self) -> T:
         """Fetch a value. The caller holds the lock."""
         now = self.clock()
-        self.refresh_at = now + self.RETRY  # if it fails
+        self.refresh_at = now + self.retry  # if it fails
         try:
             value, seconds = self.fetch()
         except APIError as error:
@@ -7994,6 +7996,8 @@ class Pool:
         self.choose = choices.get(settings.pool_type, weighted_round_robin)
         self.refresh_at = self.model_names_refresh_at = -math.inf
         self.model_names: frozenset[str] = frozenset()  # of all lists
+        # It is always old: only concurrent callers share one.
+        self.model_lists = Cache("model lists", self._read_models, clock, retry=0)
         # By model, until a list changes.
         self.candidates = functools.lru_cache(maxsize=256)(self._candidates)
 
@@ -8210,7 +8214,13 @@ class Pool:
             self.refresh_at = self.clock() + seconds
 
     def models(self) -> List[Dict[str, Any]]:
-        """The union of all model lists, each model once. Raises APIError if it is empty."""
+        """The union of all model lists, each model once. Raises APIError if it is empty.
+
+        While a caller reads them, others get the last union, or wait for the first one.
+        """
+        return self.model_lists.get()
+
+    def _read_models(self) -> Tuple[List[Dict[str, Any]], float]:
         lists = read_model_lists(self.enabled)
         union: Dict[str, Dict[str, Any]] = {}
         with self.lock:  # all at once, or the first list would attract all requests meanwhile
@@ -8224,7 +8234,7 @@ class Pool:
         self.model_names = frozenset(union)
         self.model_names_refresh_at = self.clock() + min(Cache.RETRY, self.settings.models_ttl)
         if union:
-            return list(union.values())
+            return list(union.values()), 0
         errors = [error for _, _, error in lists.values() if error]
         if len(errors) == 1:
             raise errors[0]

@@ -3533,6 +3533,30 @@ def test_a_model_that_nobody_has(a, pool):
     assert (got.status, got.json["error"]["code"]) == (404, "model_not_found") and not a.bodies()
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_lists_are_read_by_one_client_at_a_time(fails, pool, own):
+    running, most, goes_on = [], [], threading.Event()
+
+    class Slow(akashproxy.Controller):
+        def models(self):
+            running.append(self.name)
+            most.append(len(running))
+            goes_on.wait(20)
+            running.pop()
+            if fails:
+                raise APIError(503, "down")
+            return [{"id": "both"}]
+
+    own(Slow)
+    server, before = pool((FakeOpenAI(), {"type": "own"})), set(threading.enumerate())
+    with crowd(server, 20, head_of("GET", "/v1/models", "Connection: close")) as socks:
+        wait_for(lambda: sum(thread.name == "akashproxy worker" for thread in set(threading.enumerate()) - before) == 20 and running)
+        goes_on.set()
+        assert {receive(sock)[9:12] for sock in socks} == {b"503" if fails else b"200"} and set(most) == {1}
+    count = len(most)
+    assert ask(server, path="/v1/models").status == (503 if fails else 200) and len(most) == count + 1, "no answer is kept"
+
+
 def test_the_last_good_list_is_kept_when_one_is_down(pool):
     a, b = FakeOpenAI(["one"]), FakeOpenAI(["two"])
     server = known(pool(a, b, models_ttl=0))
