@@ -10944,7 +10944,7 @@ class Connection:
             self.server.on_connection_closed(self)
         elif self.state is State.LINGERING:
             return
-        elif request.body_unread:
+        elif request.body_unread or self.pipelined and not request.keep_alive:
             self._linger()
         elif request.keep_alive:
             self._next_request()

@@ -7140,6 +7140,19 @@ def test_a_slow_client_gets_the_end_of_its_stream(field, pause, pool):
     settle(server)
 
 
+@pytest.mark.parametrize("extra", [b"\r\n", head_of("GET", "/health")])
+def test_what_a_client_sends_within_its_last_answer_does_not_destroy_that(extra, streamed, pool):
+    count = 40000 if streamed else 2000000      # more than fits into the buffers on the way
+    server = pool(FakeOpenAI(text="word " * count))
+    with lazy_client(server, post("/v1/chat/completions", {**BOTH, "stream": streamed}, "Connection: close")) as sock:
+        wait_for(lambda: any(connection.output for connection in server.connections.copy()))
+        sock.sendall(extra)
+        wait_for(lambda: all(connection.pipelined for connection in server.connections.copy()))
+        began = receive(sock, lambda got: all(connection.request is None for connection in server.connections.copy()))     # the kernel has its end
+        assert (began + receive(sock)).count(b"word ") == count
+    settle(server)
+
+
 def test_an_end_that_waits_for_its_client_waits_no_longer_than_that(pool):
     a = FakeOpenAI(text="word " * 30000)
     server = pool(a.sends(a.head() + chunks(*a.events())), write_timeout=0.5)
