@@ -5352,10 +5352,10 @@ def redact_bytes(data: bytes, secrets: Iterable[str]) -> bytes:
     return _without_secrets(text, secrets).encode("utf-8", "surrogateescape")
 
 
-# Characters as URLs, JSON or HTML may write them.
+# Characters as URLs, JSON or HTML may write them, also within another string of the same kind.
 _ESCAPE = re.compile(
-    r"(?:(?:%(?:25){0,2}|\\u00|\\x|&#x0{0,6})([2-7][0-9a-f])"
-    r"|&#0{0,6}(3[2-9]|[4-9][0-9]|1[01][0-9]|12[0-7])(?![0-9]));?",
+    r"(?:(?:%(?:25){0,2}|\\{1,4}(?:u00|x)|&(?:amp;){0,2}#x0{0,6})([2-7][0-9a-f])"
+    r"|&(?:amp;){0,2}#0{0,6}(3[2-9]|[4-9][0-9]|1[01][0-9]|12[0-7])(?![0-9]));?",
     re.I,
 )
 MAX_UNESCAPED = 1 << 17  # characters; longer strings are not unescaped

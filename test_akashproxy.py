@@ -4787,6 +4787,8 @@ def test_a_name_of_a_model_condemns_no_key(model):
        for user, left in ((b"a:", "Basic YTp***"), (b"ab:", "Basic YWI6***=="), (b"abc:", "Basic YWJjOn***="))},
     "in base 64 for URLs": (["~~~???>>>sk-1234"], base64.urlsafe_b64encode(b"~~~???>>>sk-1234").decode(), "***=="),
     "JSON's escapes": (["sk-12345678"], "no " + "".join(f"\\u{ord(char):04X}" for char in "sk-12345678") + "!", "no ***!"),
+    "JSON's escapes within JSON": (["sk-12345678"], "no " + "".join(f"\\\\u{ord(char):04x}" for char in "sk-12345678") + "!", "no ***!"),
+    "HTML's escapes within HTML": (["sk-12345678"], "no " + "".join(f"&amp;#{ord(char)};" for char in "sk-1234") + "&amp;#x35;678!", "no ***!"),
     "HTML's decimal escapes": (["sk-12345678"], "no " + "".join(f"&#{ord(char)};" for char in "sk-1234") + "&#00053&#x0036;78!", "no ***!"),
     "no escapes": (["sk-12345678"], "sk-&#1155;&#49", "sk-&#1155;&#49"),
     "escapes of some": (["sk-12345678"], "no s\\u006b-1%32345&#x36;78!", "no ***!"), "others' escapes": (["sk-12345678"], "a%20b\\u0041 sk-12345678", "a%20b\\u0041 ***"),
