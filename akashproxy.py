@@ -540,7 +540,7 @@ class Category(enum.Enum):
     REFUSED = "refused"  # rejected for its model, content or size only
     REQUEST = "request"  # malformed: every upstream would reject it
     SERVER = "server"  # 5xx
-    CUT = "cut"  # accepted, then cut off without a complete response
+    CUT = "cut"  # accepted, but not answered completely
     NETWORK = "network"  # no connection, no response in time, or a malformed one
     RATE_LIMIT = "limit"
 
@@ -3192,7 +3192,7 @@ def truncated(upstream_name: str, problem: str = "") -> APIError:
     """Return the error for an incomplete answer, or for one with another problem."""
     # Some clients retry a broken stream only if its error has the words "connection lost".
     problem = f" {problem}" if problem else ": connection lost: it ended its answer early"
-    return APIError(502, f"{upstream_name}{problem}.", category=Category.NETWORK)
+    return APIError(502, f"{upstream_name}{problem}.", category=Category.CUT)
 
 
 # == 7. streams ===============================================================================
@@ -5963,7 +5963,7 @@ class AkashDecoder(Decoder):
             self._fail("Akash Chat: connection lost: it ended its answer without a finish reason.")
 
     def _fail(self, message: str, code: str = "upstream_error") -> None:
-        self.error = self.error or APIError(502, message, code=code, category=Category.NETWORK)
+        self.error = self.error or APIError(502, message, code=code, category=Category.CUT)
 
 
 def akash_decoder(model: str, secrets: Iterable[str], *filters: Filter) -> DecoderChain:

@@ -3467,6 +3467,8 @@ def test_when_all_cool_down_the_soonest_is_told(a, b, pool):
     "an error of Akash": ("akash", STREAM_HEAD + chunks(b'3:"Internal Server Error"\n'), True), "a 5xx": ("openai", reply(500, b"{}"), True),
     "a cut": ("openai", b"", False), "a cut within the head": ("openai", b"HTTP/1.1 200 OK\r\nA", False),
     "a cut within the body": ("openai", reply(200, b'{"id": "c"', chunked=False)[:-2], False), "a cut of Akash": ("akash", STREAM_HEAD + chunk(STEP), False),
+    "an early end": ("openai", reply(200, b'{"id": "c"'), True), "an early end of Akash": ("akash", STREAM_HEAD + chunks(STEP), True),
+    "an answer that is not JSON": ("openai", reply(200, b"{]"), True), "a malformed line": ("akash", STREAM_HEAD + chunks(b"0:x\n"), True),
 })
 def test_a_broken_model_keeps_no_other_model_from_being_served(kind, failed, keeps, pool):
     fakes = [FakeAkash(), FakeAkash()] if kind == "akash" else [FakeOpenAI(), FakeOpenAI()]
