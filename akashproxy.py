@@ -2559,10 +2559,13 @@ class ConnectionPool(urllib.request.BaseHandler):
             connection.set_tunnel(request._tunnel_host, headers=request.tunnel_headers)
         # HTTPConnection.connect() opens its socket with this attribute.
         connect = self.socks.connect if self.socks else connect_within
-        connection._create_connection = connect  # type: ignore[attr-defined]
+        connection._create_connection = functools.partial(  # type: ignore[attr-defined]
+            connect, request.scope
+        )
         try:
             connection.connect()
         except BaseException:
+            request.scope.detach()
             connection.close()
             raise
         return connection.sock
@@ -2593,12 +2596,15 @@ class DeadlineSocket(socket.socket):
         self.settimeout(max(0.001, self.deadline - time.monotonic()))
 
 
-def connect_within(address: Tuple[str, int], seconds: float, *_: Any) -> DeadlineSocket:
+def connect_within(
+    scope: CancelScope, address: Tuple[str, int], seconds: float, *_: Any
+) -> DeadlineSocket:
     """Connect to an address; ``seconds`` include the handshakes that follow."""
 
     def connect(family: int, kind: int, protocol: int, _: str, target: Any) -> DeadlineSocket:
         sock = DeadlineSocket(family, kind, protocol, seconds)
         try:
+            scope.attach(sock)
             sock.connect(target)
         except BaseException:
             sock.close()
@@ -2657,9 +2663,9 @@ class SocksProxy:
         self.remote_names = parts.scheme == "socks5h"
         self.user, self.password = proxy_credentials(url)
 
-    def connect(self, address: Tuple[str, int], *options: Any) -> socket.socket:
+    def connect(self, scope: CancelScope, address: Tuple[str, int], *options: Any) -> socket.socket:
         """Return a socket connected to an address; as connect_within()."""
-        sock = connect_within((self.host, self.port), *options)
+        sock = connect_within(scope, (self.host, self.port), *options)
         try:
             with sock.makefile("rb") as replies:  # reads no byte of the upstream: clients begin
                 problem = self._negotiate(sock, replies, *address)

@@ -6532,12 +6532,39 @@ def test_the_time_to_connect_is_that_of_all_handshakes_together(case, pool):
     wait_for(slow.gone.is_set)
 
 
+@contextlib.contextmanager
+def deaf_port():
+    """The port of a socket that accepts no more connections, and refuses none."""
+    with socket.socket() as listener, contextlib.ExitStack() as stack:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("url, proxy", [("http://127.0.0.1:{}", ""), ("https://a.b", "http://127.0.0.1:{}"), ("https://a.b", "socks5h://127.0.0.1:{}")])
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_client_that_leaves_is_connected_for_no_longer(url, proxy, listens, pool):
+    silent, before = FakeOpenAI(), akashproxy.CancelScope.active.copy()
+    silent.serve = stalled
+    with deaf_port() as port:
+        port = silent.port if listens else port
+        server = pool((silent, {"base_url": url.format(port) + "/v1", "proxy": proxy.format(port)}), connect_timeout=60)
+        with connect(server, post("/v1/chat/completions", BOTH)):
+            wait_for(lambda: akashproxy.CancelScope.active - before)
+        settle(server)
+        assert not akashproxy.CancelScope.active - before
+
+
 def test_the_next_address_of_a_name_is_tried(fake, monkeypatch):
     with socket.create_server(("127.0.0.2", 0)) as closed:
         nobody = closed.getsockname()
     look_up = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: look_up(*nobody, 0, socket.SOCK_STREAM) + look_up("127.0.0.1", fake.port, 0, socket.SOCK_STREAM))
-    with akashproxy.connect_within(("two.example", fake.port), 5) as sock:
+    with akashproxy.connect_within(akashproxy.CancelScope(), ("two.example", fake.port), 5) as sock:
         assert sock.getpeername() == ("127.0.0.1", fake.port) and 0 < sock.gettimeout() <= 5
 
 
