@@ -2564,11 +2564,15 @@ class ConnectionPool(urllib.request.BaseHandler):
         )
         try:
             connection.connect()
+            sock: Any = connection.sock
+            if request.type == "https":  # not in connect(), where it could not be cancelled
+                request.scope.attach(sock)
+                sock.do_handshake()
         except BaseException:
             request.scope.detach()
             connection.close()
             raise
-        return connection.sock
+        return sock
 
 
 class DeadlineSocket(socket.socket):
@@ -2779,7 +2783,7 @@ def read_tls_context(ca_file: str) -> Any:
     # if Python sets this option (0x80, which older Pythons have no name for).
     context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0x80)
     context.wrap_socket = functools.partial(  # type: ignore[method-assign]
-        context.wrap_socket, suppress_ragged_eofs=False
+        context.wrap_socket, suppress_ragged_eofs=False, do_handshake_on_connect=False
     )
     TLS_CONTEXTS[ca_file] = context
     return context
