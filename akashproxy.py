@@ -540,7 +540,8 @@ class Category(enum.Enum):
     REFUSED = "refused"  # rejected for its model, content or size only
     REQUEST = "request"  # malformed: every upstream would reject it
     SERVER = "server"  # 5xx
-    NETWORK = "network"  # refused, timed out or cut off
+    CUT = "cut"  # accepted, but not answered completely
+    NETWORK = "network"  # no connection, no response in time, or a malformed one
     RATE_LIMIT = "limit"
 
 
@@ -1565,7 +1566,9 @@ class Settings(ValidatedSettings):
         "default: all if a token is needed, else local ones",
         web_origin,
     )
-    connect_timeout: float = setting(10.0, "seconds to connect to an upstream", positive)
+    connect_timeout: float = setting(
+        10.0, "seconds to connect to an upstream, handshakes included", positive
+    )
     session_timeout: float = setting(
         15.0, "seconds for an upstream to send a session, model list or image state", positive
     )
@@ -2555,14 +2558,69 @@ class ConnectionPool(urllib.request.BaseHandler):
             connection = http.client.HTTPConnection(request.host, timeout=request.timeout)
         if request._tunnel_host:
             connection.set_tunnel(request._tunnel_host, headers=request.tunnel_headers)
-        if self.socks:  # HTTPConnection.connect() opens its socket with this attribute
-            connection._create_connection = self.socks.connect  # type: ignore[attr-defined]
+        # HTTPConnection.connect() opens its socket with this attribute.
+        connect = self.socks.connect if self.socks else connect_within
+        connection._create_connection = functools.partial(  # type: ignore[attr-defined]
+            connect, request.scope
+        )
         try:
             connection.connect()
+            sock: Any = connection.sock
+            if request.type == "https":  # not in connect(), where it could not be cancelled
+                request.scope.attach(sock)
+                sock.do_handshake()
         except BaseException:
+            request.scope.detach()
             connection.close()
             raise
-        return connection.sock
+        return sock
+
+
+class DeadlineSocket(socket.socket):
+    """A socket that connects, and is read as a file, within so many seconds in all.
+
+    http.client reads a proxy's reply in this way. A TLS handshake gets the seconds that are left.
+    """
+
+    def __init__(self, family: int, kind: int, protocol: int, seconds: float) -> None:
+        super().__init__(family, kind, protocol)
+        self.deadline = time.monotonic() + seconds
+
+    def connect(self, address: Any) -> None:
+        self._limit()
+        super().connect(address)
+        self._limit()
+
+    def recv_into(self, *args: Any) -> int:
+        self._limit()
+        size = super().recv_into(*args)
+        self._limit()
+        return size
+
+    def _limit(self) -> None:
+        self.settimeout(max(0.001, self.deadline - time.monotonic()))
+
+
+def connect_within(
+    scope: CancelScope, address: Tuple[str, int], seconds: float, *_: Any
+) -> DeadlineSocket:
+    """Connect to an address; ``seconds`` include the handshakes that follow."""
+
+    def connect(family: int, kind: int, protocol: int, _: str, target: Any) -> DeadlineSocket:
+        sock = DeadlineSocket(family, kind, protocol, seconds)
+        try:
+            scope.attach(sock)
+            sock.connect(target)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    *others, last = socket.getaddrinfo(*address, 0, socket.SOCK_STREAM)
+    for info in others:
+        with contextlib.suppress(OSError):
+            return connect(*info)
+    return connect(*last)
 
 
 class ConnectError(OSError):
@@ -2610,9 +2668,9 @@ class SocksProxy:
         self.remote_names = parts.scheme == "socks5h"
         self.user, self.password = proxy_credentials(url)
 
-    def connect(self, address: Tuple[str, int], *options: Any) -> socket.socket:
-        """Return a socket connected to an address; as socket.create_connection()."""
-        sock = socket.create_connection((self.host, self.port), *options)
+    def connect(self, scope: CancelScope, address: Tuple[str, int], *options: Any) -> socket.socket:
+        """Return a socket connected to an address; as connect_within()."""
+        sock = connect_within(scope, (self.host, self.port), *options)
         try:
             with sock.makefile("rb") as replies:  # reads no byte of the upstream: clients begin
                 problem = self._negotiate(sock, replies, *address)
@@ -2726,7 +2784,7 @@ def read_tls_context(ca_file: str) -> Any:
     # if Python sets this option (0x80, which older Pythons have no name for).
     context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0x80)
     context.wrap_socket = functools.partial(  # type: ignore[method-assign]
-        context.wrap_socket, suppress_ragged_eofs=False
+        context.wrap_socket, suppress_ragged_eofs=False, do_handshake_on_connect=False
     )
     TLS_CONTEXTS[ca_file] = context
     return context
@@ -2838,7 +2896,11 @@ class UpstreamResponse:
         if self.reused and not self.status and not self.head_buffer and self.scope.reason is None:
             message = f"{upstream_name} broke off the connection."
             return APIError(502, message, code="connection", category=Category.RETRY)
-        return upstream_error(error, self.scope, upstream_name, in_body=self.body is not NO_BODY)
+        in_body = self.body is not NO_BODY
+        failure = upstream_error(error, self.scope, upstream_name, in_body=in_body)
+        if is_cut(error) or in_body and isinstance(error, ProtocolError):
+            failure.category = Category.CUT
+        return failure
 
     def reset_idle_deadline(self, started: bool = True) -> None:
         """Set the deadline of the next read, or of the first content until it has arrived."""
@@ -3040,16 +3102,19 @@ def is_exhausted(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in EXHAUSTED
 
 
-exhaustion_logged_at = -math.inf  # by time.monotonic()
+class ExhaustionLog:
+    """Logs that this machine lacks resources, at most once in 10 seconds. Any thread."""
+
+    logged_at = -math.inf  # by time.monotonic()
+
+    def __call__(self, message: str, error: Exception) -> None:
+        now = time.monotonic()
+        if now >= self.logged_at + 10.0:
+            self.logged_at = now
+            log.error("%s: %s", message, error)
 
 
-def log_exhaustion(message: str, error: Exception) -> None:
-    """Log that this machine lacks resources, at most once in 10 seconds. Any thread."""
-    global exhaustion_logged_at
-    now = time.monotonic()
-    if now >= exhaustion_logged_at + 10.0:
-        exhaustion_logged_at = now
-        log.error("%s: %s", message, error)
+log_exhaustion = ExhaustionLog()
 
 
 def upstream_error(
@@ -3069,6 +3134,7 @@ def upstream_error(
         return exhausted_error(error)
     if not isinstance(error, NETWORK_ERRORS):
         return unexpected_error(error, upstream_name)
+    reason = reason or tls_problem(error)
     if reason:
         message = f"{upstream_name} could not be reached: {reason}."
         log.warning("%s", message)
@@ -3086,13 +3152,22 @@ def network_problem(error: Exception, in_body: bool) -> str:
     if isinstance(error, (http.client.HTTPException, ProtocolError)):
         cut = ": connection lost: it broke off its answer"
         return cut if in_body else ": it sent something that is not HTTP"
-    if (
-        isinstance(error, (ConnectionError, RaggedEnd))
-        or getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING"  # Python 3.9
-    ):
+    if is_cut(error):
         return ": connection lost: it broke off the connection"
-    tls_problem = str(getattr(error, "reason", "")).lower().replace("_", " ")
-    return " could not be reached" + (f": TLS failed ({tls_problem})" if tls_problem else "")
+    return " could not be reached"
+
+
+def is_cut(error: Exception) -> bool:
+    """Return whether the peer has closed a connection, with TLS or without."""
+    reason = getattr(error, "reason", "")  # Python 3.9 has no class for it
+    is_eof = isinstance(error, RaggedEnd) or reason == "UNEXPECTED_EOF_WHILE_READING"
+    return is_eof or isinstance(error, ConnectionError)
+
+
+def tls_problem(error: Exception) -> str:
+    """Reason why TLS failed; "" if something else did."""
+    reason = "" if is_cut(error) else str(getattr(error, "reason", ""))
+    return f"TLS failed ({reason.lower().replace('_', ' ')})" if reason else ""
 
 
 def exhausted_error(error: Exception) -> APIError:
@@ -3128,7 +3203,7 @@ def truncated(upstream_name: str, problem: str = "") -> APIError:
     """Return the error for an incomplete answer, or for one with another problem."""
     # Some clients retry a broken stream only if its error has the words "connection lost".
     problem = f" {problem}" if problem else ": connection lost: it ended its answer early"
-    return APIError(502, f"{upstream_name}{problem}.", category=Category.NETWORK)
+    return APIError(502, f"{upstream_name}{problem}.", category=Category.CUT)
 
 
 # == 7. streams ===============================================================================
@@ -4306,6 +4381,10 @@ class Controller:
         """Ask whether the rate limit of this account has ended; None if unknown."""
         return None
 
+    def login_problem(self) -> str:
+        """Ask for the state of the login; return what is wrong with it, or ""."""
+        return ""
+
     def take_over(self, previous: Any) -> None:
         """Continue the state of a controller of the same account, before a reload."""
 
@@ -4488,7 +4567,7 @@ class Cache(Generic[T]):
 
     ``fetch`` returns the value and its lifetime in seconds. If it ``expires``, it ends with that
     time, and a thread replaces it during the last fifth. Otherwise it is used until a caller that
-    finds it old has replaced it, and a failure without any value is repeated for RETRY seconds.
+    finds it old has replaced it, and a failure without any value is repeated for ``retry`` seconds.
     """
 
     RETRY = 15.0  # seconds between two attempts to replace a value
@@ -4499,8 +4578,10 @@ class Cache(Generic[T]):
         fetch: Callable[[], Tuple[T, float]],
         clock: Callable[[], float] = time.monotonic,
         expires: bool = False,
+        retry: float = RETRY,
     ) -> None:
         self.name, self.fetch, self.clock, self.expires = name, fetch, clock, expires
+        self.retry = retry
         self.lock = threading.Lock()  # held during a fetch
         self.value: Optional[T] = None
         self.refresh_at = self.expires_at = -math.inf
@@ -4553,7 +4634,7 @@ class Cache(Generic[T]):
     def _replace(self) -> T:
         """Fetch a value. The caller holds the lock."""
         now = self.clock()
-        self.refresh_at = now + self.RETRY  # if it fails
+        self.refresh_at = now + self.retry  # if it fails
         try:
             value, seconds = self.fetch()
         except APIError as error:
@@ -5282,8 +5363,12 @@ def redact_bytes(data: bytes, secrets: Iterable[str]) -> bytes:
     return _without_secrets(text, secrets).encode("utf-8", "surrogateescape")
 
 
-# Characters as URLs, JSON or HTML may write them.
-_ESCAPE = re.compile(r"(?:%(?:25){0,2}|\\u00|\\x|&#x)([2-7][0-9a-f]);?", re.I)
+# Characters as URLs, JSON or HTML may write them, also within another string of the same kind.
+_ESCAPE = re.compile(
+    r"(?:(?:%(?:25){0,2}|\\{1,4}(?:u00|x)|&(?:amp;){0,2}#x0{0,6})([2-7][0-9a-f])"
+    r"|&(?:amp;){0,2}#0{0,6}(3[2-9]|[4-9][0-9]|1[01][0-9]|12[0-7])(?![0-9]));?",
+    re.I,
+)
 MAX_UNESCAPED = 1 << 17  # characters; longer strings are not unescaped
 MAX_FOUND = 10_000  # secrets; a string with more is replaced
 
@@ -5291,7 +5376,9 @@ MAX_FOUND = 10_000  # secrets; a string with more is replaced
 def _without_secrets(text: str, secrets: Iterable[str]) -> str:
     spans = _secret_spans(text, secrets)
     if len(text) <= MAX_UNESCAPED and _ESCAPE.search(text):
-        unescaped = _ESCAPE.sub(lambda match: chr(int(match[1], 16)), text)
+        unescaped = _ESCAPE.sub(
+            lambda match: chr(int(match[1], 16) if match[1] else int(match[2])), text
+        )
         hidden = _secret_spans(unescaped, secrets)
         text, spans = (unescaped, hidden) if len(hidden) > len(spans) else (text, spans)
     if len(spans) == MAX_FOUND:
@@ -5382,6 +5469,7 @@ class AkashLogin:
 
     PATH = "/api/auth/me/"
     INTERVAL, RETRY = 4 * 3600.0, 300.0  # seconds until it is renewed, and after a failure
+    ENDED = "its login has ended: set a new cookie"
     COOKIE = re.compile(r"(appSession(?:\.[0-9]{1,2})?)=([^;,\s\"\\]+)")
 
     def __init__(
@@ -5405,9 +5493,10 @@ class AkashLogin:
         now = self.clock()
         if self.state and now >= self.renew_at:
             self.renew_at = now + self.RETRY
-            start_thread(self._renew, "akash login")
+            start_thread(self.renew, "akash login")
 
-    def _renew(self) -> None:
+    def renew(self) -> None:
+        """Renew a login, and update its state. Worker thread."""
         try:
             response, _ = self.transport.get_json(self.PATH)
         except APIError as error:
@@ -5422,7 +5511,7 @@ class AkashLogin:
         if self.state == "active":
             self._keep(response.headers.get("set-cookie", ""))
         elif before != "ended":
-            log.warning("%s: its login has ended: set a new cookie", self.name)
+            log.warning("%s: %s", self.name, self.ENDED)
 
     def _keep(self, set_cookie: str) -> None:
         """Put the login's new cookies in the place of its old ones."""
@@ -5885,7 +5974,7 @@ class AkashDecoder(Decoder):
             self._fail("Akash Chat: connection lost: it ended its answer without a finish reason.")
 
     def _fail(self, message: str, code: str = "upstream_error") -> None:
-        self.error = self.error or APIError(502, message, code=code, category=Category.NETWORK)
+        self.error = self.error or APIError(502, message, code=code, category=Category.CUT)
 
 
 def akash_decoder(model: str, secrets: Iterable[str], *filters: Filter) -> DecoderChain:
@@ -6277,6 +6366,11 @@ class AkashController(Controller):
         response, status = self.transport.get_json(self.LIMIT_PATH)
         blocked = as_dict(status).get("blocked")
         return not blocked if response.status == 200 and isinstance(blocked, bool) else None
+
+    def login_problem(self) -> str:
+        if self.login.state:
+            self.login.renew()
+        return self.login.ENDED if self.login.state == "ended" else ""
 
     def take_over(self, previous: Any) -> None:
         self.login.set_cookie(previous.login.cookie)
@@ -7479,15 +7573,16 @@ FAILURE_POLICY = {
     Category.REFUSED: FailurePolicy(True),
     Category.REQUEST: FailurePolicy(False),
     Category.SERVER: FailurePolicy(True, 3, "server error"),
+    Category.CUT: FailurePolicy(True, 1, "connection failed or was cut off"),
     Category.NETWORK: FailurePolicy(True, 1, "connection failed or was cut off"),
     Category.RATE_LIMIT: FailurePolicy(True, 1, "rate limit"),
 }
 SUMMARY_BY_CODE = {"timeout": "no answer in time", "image_failed": "the image failed"}
 AUTH_COOLDOWN, BACKOFF_BASE, BACKOFF_MAX = 600.0, 1.0, 60.0  # seconds
 # Those with cool-downs of a length we guess.
-BACKOFF_CATEGORIES = (Category.AUTH, Category.NETWORK, Category.SERVER)
-# Those whose cause may be one client's request, such as a model that is broken.
-OF_ONE_REQUEST = (Category.AUTH, Category.SERVER)
+BACKOFF_CATEGORIES = (Category.AUTH, Category.CUT, Category.NETWORK, Category.SERVER)
+# Those whose cause may be one client's request, such as one that crashes the upstream.
+OF_ONE_REQUEST = (Category.AUTH, Category.CUT, Category.SERVER)
 KEY_TRUST = 300.0  # seconds after a success during which one rejection doesn't prove a key bad
 RECHECK = 600.0  # seconds of a cool-down after which a single request probes the upstream
 MAX_MODEL_COOLDOWNS = 256  # cool-downs of single models per controller
@@ -7854,20 +7949,23 @@ def enforce_deadlines() -> None:
 
 
 def ask_upstream(upstream: Upstream) -> Tuple[bool, str]:
-    """Ask for the model list: whether it came, and a sentence on the upstream's state."""
+    """Ask for models and login: whether both are right, and a sentence on the state."""
     started_at = time.monotonic()
     _, names, error = upstream.list_models()
+    login_problem = "" if error else upstream.controller.login_problem()
     seconds = time.monotonic() - started_at
     if error is None:
         key = "key accepted" if upstream.options.api_key else "no key needed"
         count = len(names or ())
         state = f"reachable, {key}, {count} model{'s' if count != 1 else ''}"
+        state += login_problem and f", but {login_problem}"
     elif error.category is Category.AUTH:
         state = f"reachable, key rejected: {error.message}"
     else:
         reached = "reachable, but lists no models" if error.upstream_status else "not reachable"
         state = f"{reached}: {error.reason or without_name(error.message, upstream.name)}"
-    return error is None, f"{upstream.name}: {state.rstrip('.')}, {seconds * 1000:.0f} ms"
+    all_right = not (error or login_problem)
+    return all_right, f"{upstream.name}: {state.rstrip('.')}, {seconds * 1000:.0f} ms"
 
 
 def without_name(message: str, name: str) -> str:
@@ -7915,6 +8013,8 @@ class Pool:
         self.choose = choices.get(settings.pool_type, weighted_round_robin)
         self.refresh_at = self.model_names_refresh_at = -math.inf
         self.model_names: frozenset[str] = frozenset()  # of all lists
+        # It is always old: only concurrent callers share one.
+        self.model_lists = Cache("model lists", self._read_models, clock, retry=0)
         # By model, until a list changes.
         self.candidates = functools.lru_cache(maxsize=256)(self._candidates)
 
@@ -8131,7 +8231,13 @@ class Pool:
             self.refresh_at = self.clock() + seconds
 
     def models(self) -> List[Dict[str, Any]]:
-        """The union of all model lists, each model once. Raises APIError if it is empty."""
+        """The union of all model lists, each model once. Raises APIError if it is empty.
+
+        While a caller reads them, others get the last union, or wait for the first one.
+        """
+        return self.model_lists.get()
+
+    def _read_models(self) -> Tuple[List[Dict[str, Any]], float]:
         lists = read_model_lists(self.enabled)
         union: Dict[str, Dict[str, Any]] = {}
         with self.lock:  # all at once, or the first list would attract all requests meanwhile
@@ -8145,7 +8251,7 @@ class Pool:
         self.model_names = frozenset(union)
         self.model_names_refresh_at = self.clock() + min(Cache.RETRY, self.settings.models_ttl)
         if union:
-            return list(union.values())
+            return list(union.values()), 0
         errors = [error for _, _, error in lists.values() if error]
         if len(errors) == 1:
             raise errors[0]
@@ -10485,7 +10591,7 @@ class Request:
     counted = False  # holds a slot of the key
     reader: Optional["BodyReader"] = None  # while the body is being read
     call: Optional[Call] = None  # set for model calls and images
-    exchange: Optional[Exchange] = None  # until the response is complete
+    source: Any = None  # Exchange or UpstreamResponse, closed when the response is complete
     relay: Optional["StreamRelay"] = None  # while STREAMING
 
     def __init__(self, connection: "Connection") -> None:
@@ -10792,15 +10898,16 @@ class Connection:
         if first and not last:
             self.loop.call_soon_threadsafe(self.flush)
 
+    def has_room(self) -> bool:
+        return len(self.output) < self.HIGH_WATER
+
     def wait_for_room(self) -> None:
         """Block while output is above HIGH_WATER. Worker thread.
 
         Raises ClientDisconnected if the connection is closed.
         """
         with self.room:
-            self.room.wait_for(
-                lambda: len(self.output) < self.HIGH_WATER or self.state is State.CLOSED
-            )
+            self.room.wait_for(lambda: self.has_room() or self.state is State.CLOSED)
             if self.state is State.CLOSED:
                 raise ClientDisconnected("the client disconnected")
 
@@ -10828,6 +10935,15 @@ class Connection:
             callback()
         return True
 
+    def when_drained(self, callback: Callable[[], None]) -> None:
+        """Call back once all output is sent; end the request of a disconnected client."""
+        if self.state is State.CLOSED:
+            self.end_request()
+        elif self.output:
+            self.on_drained = callback
+        else:
+            callback()
+
     def _start_write_timeout(self) -> None:
         """Restart the write timeout: it bounds a stall, not the whole response."""
         timeout = self.server.settings.write_timeout
@@ -10845,15 +10961,15 @@ class Connection:
             self.on_drained = self.end_request
             return
         self.request = None
-        if request.exchange is not None:
-            request.exchange.close()
+        if request.source is not None:
+            request.source.close()
         self.server.on_request_end(request)
         del request.writer  # breaks a reference cycle: its memory is free at once
         if self.state is State.CLOSED:
             self.server.on_connection_closed(self)
         elif self.state is State.LINGERING:
             return
-        elif request.body_unread:
+        elif request.body_unread or self.pipelined and not request.keep_alive:
             self._linger()
         elif request.keep_alive:
             self._next_request()
@@ -10897,7 +11013,7 @@ class Connection:
             return
         if request.relay is not None:
             request.relay.on_client_disconnect()
-        elif on_drained is not None:  # end_request() has been waiting for the output to be sent
+        elif on_drained is not None:  # no worker has it: the output was to be sent first
             self.end_request()
         request.cancellation.cancel()
 
@@ -11212,7 +11328,7 @@ class StreamRelay:
         """Send the last frames, and let the connection read its next request."""
         self.client_done, self.fast_path = True, ()
         self.responder.finish(frames)
-        self.request.relay = self.request.exchange = None
+        self.request.relay = self.request.source = None
         self.connection.end_request()
 
     def _finish(self) -> None:
@@ -11888,8 +12004,8 @@ class ResponseFile(io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
+        self.writer.connection.wait_for_room()  # before: the last part is not waited for
         self.writer.write(bytes(data))
-        self.writer.connection.wait_for_room()
         return len(data)
 
 
@@ -12003,8 +12119,8 @@ class CallResponder:
             frames += self.dialect.encode([event])
             if isinstance(event, Finish):
                 break
-            self.writer.write(frames)
             self.writer.connection.wait_for_room()
+            self.writer.write(frames)
             frames = b""
         self.finish(frames)
 
@@ -12171,7 +12287,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if request.key is not None:
             acquire_key(request, request.key, dialect.call)
         self.dialect = dialect
-        request.exchange = exchange = Exchange(self.server.pool, dialect.call)
+        request.source = exchange = Exchange(self.server.pool, dialect.call)
         request.record.route = exchange.route  # the list itself, which grows
         return CallResponder(request, exchange, dialect, self.run).attempt()
 
@@ -12271,6 +12387,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 headers.update(call_headers(self.request))
                 self.send_json(self.dialect.status(error), self.dialect.error_body(error), headers)
 
+    def send_parts(self, parts: Iterator[bytes]) -> bool:
+        """Send parts of the body; True if it goes on once the client has read them."""
+        writer, connection = self.request.writer, self.connection
+        try:
+            for data in parts:
+                writer.write(data)
+                if not connection.has_room():
+                    step = functools.partial(self.run, functools.partial(self.send_parts, parts))
+                    resume = functools.partial(connection.submit, self.request, step)
+                    connection.loop.call_soon_threadsafe(
+                        functools.partial(connection.when_drained, resume)
+                    )
+                    return True
+            writer.finish()
+        except APIError as error:
+            log.warning("%s: an image broke off: %s", self.request.id, error.message)
+            writer.break_off()
+        return False
+
     def log_message(self, format: str, *args: Any) -> None:
         log.info(format, *args)
 
@@ -12359,33 +12494,25 @@ def get_response(handler: Handler) -> None:
     raise APIError(404, "Responses are not stored here.", code="not_found")
 
 
-def get_image(handler: Handler) -> None:
+def get_image(handler: Handler) -> bool:
     """Relay an image; the upstream itself lets no other origin embed it."""
-    request, writer = handler.request, handler.request.writer
+    request = handler.request
     if not IMAGE_NAME.fullmatch(request.route.remainder):
         raise APIError(404, "The image does not exist.", code="not_found")
     call = Call({"model": "image"})
     request.begin_call(call)
-    response = handler.server.pool.image(request.route.remainder, call.scope)
+    request.source = response = handler.server.pool.image(request.route.remainder, call.scope)
     # private if there are tokens: a shared cache would serve the image without one
     cacheability = "private" if request.settings.needs_token else "public"
-    try:
-        headers = {
-            "Content-Type": response.headers["content-type"],
-            "Cache-Control": f"{cacheability}, max-age=31536000, immutable",
-            "Content-Security-Policy": "sandbox; default-src 'none'",
-            "X-Content-Type-Options": "nosniff",
-            "Cross-Origin-Resource-Policy": "cross-origin",
-        }
-        writer.start(200, headers.items())
-        for data in response.iter_bytes() if handler.command == "GET" else ():
-            handler.wfile.write(data)
-        writer.finish()
-    except APIError as error:
-        log.warning("%s: an image broke off: %s", request.id, error.message)
-        writer.break_off()
-    finally:
-        response.close()
+    headers = {
+        "Content-Type": response.headers["content-type"],
+        "Cache-Control": f"{cacheability}, max-age=31536000, immutable",
+        "Content-Security-Policy": "sandbox; default-src 'none'",
+        "X-Content-Type-Options": "nosniff",
+        "Cross-Origin-Resource-Policy": "cross-origin",
+    }
+    request.writer.start(200, headers.items())
+    return handler.send_parts(response.iter_bytes() if handler.command == "GET" else iter(()))
 
 
 # {path: {method: Dialect subclass, or function of a Handler}}. {} matches the path's remainder.

@@ -3463,13 +3463,18 @@ def test_when_all_cool_down_the_soonest_is_told(a, b, pool):
     assert len(a.bodies()) == len(b.bodies()) == 1
 
 
-@pytest.mark.parametrize("kind", ["akash", "openai"])
-def test_a_broken_model_keeps_no_other_model_from_being_served(kind, pool):
+@table({  # (the kind of upstream, its answer to requests for the broken model, does it keep the connection then)
+    "an error of Akash": ("akash", STREAM_HEAD + chunks(b'3:"Internal Server Error"\n'), True), "a 5xx": ("openai", reply(500, b"{}"), True),
+    "a cut": ("openai", b"", False), "a cut within the head": ("openai", b"HTTP/1.1 200 OK\r\nA", False),
+    "a cut within the body": ("openai", reply(200, b'{"id": "c"', chunked=False)[:-2], False), "a cut of Akash": ("akash", STREAM_HEAD + chunk(STEP), False),
+    "an early end": ("openai", reply(200, b'{"id": "c"'), True), "an early end of Akash": ("akash", STREAM_HEAD + chunks(STEP), True),
+    "an answer that is not JSON": ("openai", reply(200, b"{]"), True), "a malformed line": ("akash", STREAM_HEAD + chunks(b"0:x\n"), True),
+})
+def test_a_broken_model_keeps_no_other_model_from_being_served(kind, failed, keeps, pool):
     fakes = [FakeAkash(), FakeAkash()] if kind == "akash" else [FakeOpenAI(), FakeOpenAI()]
-    failed = STREAM_HEAD + chunks(b'3:"Internal Server Error"\n') if kind == "akash" else reply(500, b"{}")
     for fake in fakes:
         fake.answer = lambda sock, request, answer=fake.answer: (
-            sock.sendall(failed) or True if b'"broken"' in request.body else answer(sock, request))
+            sock.sendall(failed) or keeps if b'"broken"' in request.body else answer(sock, request))
     server = known(pool(*fakes))
     for _ in range(9):
         assert chat(server, BOTH, model="broken").status == 502
@@ -3528,6 +3533,30 @@ def test_who_can_serve_a_model(pool):
 def test_a_model_that_nobody_has(a, pool):
     got = chat(known(pool((a, {"models": ["only"]}))), BOTH)
     assert (got.status, got.json["error"]["code"]) == (404, "model_not_found") and not a.bodies()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_lists_are_read_by_one_client_at_a_time(fails, pool, own):
+    running, most, goes_on = [], [], threading.Event()
+
+    class Slow(akashproxy.Controller):
+        def models(self):
+            running.append(self.name)
+            most.append(len(running))
+            goes_on.wait(20)
+            running.pop()
+            if fails:
+                raise APIError(503, "down")
+            return [{"id": "both"}]
+
+    own(Slow)
+    server, before = pool((FakeOpenAI(), {"type": "own"})), set(threading.enumerate())
+    with crowd(server, 20, head_of("GET", "/v1/models", "Connection: close")) as socks:
+        wait_for(lambda: sum(thread.name == "akashproxy worker" for thread in set(threading.enumerate()) - before) == 20 and running)
+        goes_on.set()
+        assert {receive(sock)[9:12] for sock in socks} == {b"503" if fails else b"200"} and set(most) == {1}
+    count = len(most)
+    assert ask(server, path="/v1/models").status == (503 if fails else 200) and len(most) == count + 1, "no answer is kept"
 
 
 def test_the_last_good_list_is_kept_when_one_is_down(pool):
@@ -3710,7 +3739,7 @@ def test_a_lone_controller_rests_only_where_it_was_told_to_and_shows_that(a, poo
 
 @pytest.mark.parametrize("number", ["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"])
 def test_our_own_lack_of_resources_is_not_the_upstreams_failure(number, caplog):
-    akashproxy.exhaustion_logged_at = -math.inf
+    akashproxy.log_exhaustion.logged_at = -math.inf
     errors = [akashproxy.upstream_error(OSError(getattr(errno, number), "x"), akashproxy.CancelScope(), "b") for _ in range(50)]
     assert {(error.status, error.category, error.headers()["Retry-After"]) for error in errors} == {(503, Category.LOCAL, "1")}
     assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
@@ -4760,6 +4789,10 @@ def test_a_name_of_a_model_condemns_no_key(model):
        for user, left in ((b"a:", "Basic YTp***"), (b"ab:", "Basic YWI6***=="), (b"abc:", "Basic YWJjOn***="))},
     "in base 64 for URLs": (["~~~???>>>sk-1234"], base64.urlsafe_b64encode(b"~~~???>>>sk-1234").decode(), "***=="),
     "JSON's escapes": (["sk-12345678"], "no " + "".join(f"\\u{ord(char):04X}" for char in "sk-12345678") + "!", "no ***!"),
+    "JSON's escapes within JSON": (["sk-12345678"], "no " + "".join(f"\\\\u{ord(char):04x}" for char in "sk-12345678") + "!", "no ***!"),
+    "HTML's escapes within HTML": (["sk-12345678"], "no " + "".join(f"&amp;#{ord(char)};" for char in "sk-1234") + "&amp;#x35;678!", "no ***!"),
+    "HTML's decimal escapes": (["sk-12345678"], "no " + "".join(f"&#{ord(char)};" for char in "sk-1234") + "&#00053&#x0036;78!", "no ***!"),
+    "no escapes": (["sk-12345678"], "sk-&#1155;&#49", "sk-&#1155;&#49"),
     "escapes of some": (["sk-12345678"], "no s\\u006b-1%32345&#x36;78!", "no ***!"), "others' escapes": (["sk-12345678"], "a%20b\\u0041 sk-12345678", "a%20b\\u0041 ***"),
     "ten thousand times": (["sk-12345678"], "no sk-12345678, " * 10_000, "***"),
     "in hexadecimal digits": (["sk-12345678"], b"sk-12345678".hex(), "***"),
@@ -6460,10 +6493,79 @@ def test_an_unreachable_upstream_is_explained_with_its_host(url, proxy, kind, wo
     assert not any(str(port) in got.body.decode() for port in ports)
 
 
-def test_a_refusal_of_tls_is_explained(pool):
+def test_a_refusal_of_tls_is_explained(pool, caplog):
     upstream = Scripted(b"\x15\x03\x03\0\2\2\x28")       # handshake_failure
-    got = chat(pool((upstream, {"base_url": f"https://127.0.0.1:{upstream.port}/v1"})), BOTH)
+    server = pool((upstream, {"base_url": f"https://127.0.0.1:{upstream.port}/v1"}))
+    got = chat(server, BOTH)
     assert got.status == 502 and re.search(r"could not be reached: TLS failed \([a-z0-9 ]*handshake failure\)\.$", got.json["error"]["message"])
+    status, = ask(server, path="/status").json["controllers"]
+    warning, = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "TLS failed" in status["last_error"] and "TLS failed" in warning
+
+
+class Dripping(Scripted):
+    """Answers a request with one byte after the other; .gone tells that its client has left."""
+
+    def serve(self, sock):
+        with sock, contextlib.suppress(OSError):
+            for answer in self.answers:
+                sock.recv(65536)
+                for byte in answer:
+                    sock.sendall(bytes([byte]))
+                    self.gone.wait(0.02)
+        self.gone.set()
+
+
+@table({  # (the upstream, the proxy before it, in which {} is the port of what answers): its bytes
+    "CONNECT": ("https://a.b", "http://127.0.0.1:{}", b"HTTP/1.1 200 " + b"x" * 60000),
+    "headers of CONNECT": ("https://a.b", "http://127.0.0.1:{}", b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 10000),
+    "SOCKS": ("http://127.0.0.1:1", "socks5h://127.0.0.1:{}", b"\5\0", b"\5\0\0\3\xff" + b"x" * 257),
+    "TLS": ("https://127.0.0.1:{}", "", b"\x16\x03\x03\x3f\xff\2\0\x3f\xfb" + b"x" * 16000),
+})
+def test_the_time_to_connect_is_that_of_all_handshakes_together(case, pool):
+    url, proxy, *answers = case
+    slow = Dripping(*answers)
+    server = pool((slow, {"base_url": url.format(slow.port) + "/v1", "proxy": proxy.format(slow.port)}), connect_timeout=0.3)
+    started = time.monotonic()
+    got = chat(server, BOTH)
+    assert (got.status, got.json["error"]["message"]) == (504, "a could not be reached in time.") and time.monotonic() - started < 3
+    wait_for(slow.gone.is_set)
+
+
+@contextlib.contextmanager
+def deaf_port():
+    """The port of a socket that accepts no more connections, and refuses none."""
+    with socket.socket() as listener, contextlib.ExitStack() as stack:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("url, proxy", [("http://127.0.0.1:{}", ""), ("https://127.0.0.1:{}", ""), ("https://a.b", "http://127.0.0.1:{}"), ("https://a.b", "socks5h://127.0.0.1:{}")])
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_client_that_leaves_is_connected_for_no_longer(url, proxy, listens, pool):
+    silent, before = FakeOpenAI(), akashproxy.CancelScope.active.copy()
+    silent.serve = stalled
+    with deaf_port() as port:
+        port = silent.port if listens else port
+        server = pool((silent, {"base_url": url.format(port) + "/v1", "proxy": proxy.format(port)}), connect_timeout=60)
+        with connect(server, post("/v1/chat/completions", BOTH)):
+            wait_for(lambda: akashproxy.CancelScope.active - before and (silent.open or not listens))
+        settle(server)
+        assert not akashproxy.CancelScope.active - before
+
+
+def test_the_next_address_of_a_name_is_tried(fake, monkeypatch):
+    with socket.create_server(("127.0.0.2", 0)) as closed:
+        nobody = closed.getsockname()
+    look_up = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: look_up(*nobody, 0, socket.SOCK_STREAM) + look_up("127.0.0.1", fake.port, 0, socket.SOCK_STREAM))
+    with akashproxy.connect_within(akashproxy.CancelScope(), ("two.example", fake.port), 5) as sock:
+        assert sock.getpeername() == ("127.0.0.1", fake.port) and 0 < sock.gettimeout() <= 5
 
 
 class TLSOpenAI(FakeOpenAI):
@@ -7039,6 +7141,25 @@ def test_a_client_that_does_not_read_its_picture_is_dropped(akash, serve):
     wait_for(lambda: not akash.open)
 
 
+@pytest.mark.parametrize("leaves", [False, True])
+def test_clients_that_read_their_pictures_slowly_hold_no_worker(leaves, akash, serve):
+    data, honest = random.Random(7).randbytes(8 << 20), akash.answer
+    akash.answer = lambda sock, request: (
+        sock.sendall(reply(body=data, kind="image/png")) if "/image/" in request.path else honest(sock, request)) or True
+    server, before = serve(), set(threading.enumerate())
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(lazy_client(server, head_of("GET", "/images/x.png", "Connection: close"))) for _ in range(8)]
+        workers = lambda: [thread for thread in threading.enumerate() if thread.name == "akashproxy worker" and thread not in before]
+        wait_for(lambda: sum(bool(connection.output) for connection in server.connections.copy()) == 8 and len(workers()) == server.workers.idle)
+        assert max(len(connection.output) for connection in server.connections.copy()) < 1 << 20, "a bounded part of it waits here"
+        if not leaves:
+            clients[0].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+            head, _, body = receive(clients[0]).partition(b"\r\n\r\n")
+            assert unchunked(body) == data and b" 200 " in head
+    settle(server)
+    wait_for(lambda: not akash.open or not leaves)
+
+
 @pytest.mark.parametrize("field, pause", [("Connection: keep-alive", 0), ("Connection: close", 0), ("Connection: close", 0.4)])
 def test_a_slow_client_gets_the_end_of_its_stream(field, pause, pool):
     a = FakeOpenAI(text="word " * 60000)
@@ -7047,6 +7168,19 @@ def test_a_slow_client_gets_the_end_of_its_stream(field, pause, pool):
         time.sleep(pause)       # longer than the upstream may be silent
         got = drain(sock)
     assert got.count(b"word ") == 60000 and got.count(b"data: [DONE]") == 1 and b"error" not in got
+    settle(server)
+
+
+@pytest.mark.parametrize("extra", [b"\r\n", head_of("GET", "/health")])
+def test_what_a_client_sends_within_its_last_answer_does_not_destroy_that(extra, streamed, pool):
+    count = 40000 if streamed else 2000000      # more than fits into the buffers on the way
+    server = pool(FakeOpenAI(text="word " * count))
+    with lazy_client(server, post("/v1/chat/completions", {**BOTH, "stream": streamed}, "Connection: close")) as sock:
+        wait_for(lambda: any(connection.output for connection in server.connections.copy()))
+        sock.sendall(extra)
+        wait_for(lambda: all(connection.pipelined for connection in server.connections.copy()))
+        began = receive(sock, lambda got: all(connection.request is None for connection in server.connections.copy()))     # the kernel has its end
+        assert (began + receive(sock)).count(b"word ") == count
     settle(server)
 
 
@@ -11188,6 +11322,18 @@ def test_check_asks_each_controller(openai_fakes, akash, config):
         assert re.fullmatch(r"openai: reachable, but lists no models: \w.*\w, \d+ ms", done.stdout.strip().splitlines()[-1])
     assert re.fullmatch(r"ours: reachable, no key needed, 1 model, \d+ ms", ours)
     assert re.fullmatch(r"good: reachable, key accepted, 2 models, \d+ ms", good)
+
+
+@table({"it has ended": (SIGNED_OUT, 1, ", but its login has ended: set a new cookie"), "it goes on": (signed_in("appSession=two"), 0, ""),
+        "it can't be asked for": (None, 0, "")})
+def test_check_asks_for_logins(answer, status, words, akash, config):
+    akash.me = answer
+    path = config({"akash_base_url": akash.url, "controllers": [{"name": "one", "type": "akash", "cookie": "appSession=s3cret"}, {"name": "none", "type": "akash"}]})
+    done = run("--check", "--ask", "--config-file", path)
+    one, none = done.stdout.strip().splitlines()[-2:]
+    assert re.fullmatch(rf"one: reachable, no key needed, 3 models{words}, \d+ ms", one) and re.fullmatch(r"none: reachable, no key needed, 3 models, \d+ ms", none)
+    assert done.returncode == status and "s3cret" not in one + done.stderr
+    assert [request.path for request in akash.requests].count("/api/auth/me/") == 1
 
 
 @pytest.fixture
