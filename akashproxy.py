@@ -7104,7 +7104,7 @@ class PassthroughDecoder(Decoder):
 
     def _find_end(self, data: bytes) -> bytes:
         """Return the data up to the stream's last event, if it contains that."""
-        for match in self.end.matches(data):
+        for match in self._ends(data):
             self.end_seen, line_break = True, match[1]
             if line_break:
                 self.complete = True
@@ -7112,6 +7112,23 @@ class PassthroughDecoder(Decoder):
                 rest = data[match.end() :]
                 return data if rest == line_break else data[: match.end()] + line_break
         return data
+
+    def _ends(self, data: bytes) -> Iterator["re.Match[bytes]"]:
+        """Yield the matches of ``end`` that are not types of objects within an event."""
+        at = 0  # where a line begins
+        for match in self.end.matches(data):
+            if match[1] is not None and match[0].startswith(b'"type"'):  # up to the line's end
+                head = data[at : match.start()].replace(b"\r", b"\n").rpartition(b"\n")[2]
+                at = match.end()
+                if not FIRST_KEY.fullmatch(head) and not self._is_end(head + match[0]):
+                    continue
+            yield match
+
+    def _is_end(self, line: bytes) -> bool:
+        """Whether the event of a line ends the stream; True if it can't be parsed."""
+        event = json_or_none(line.partition(b"data:")[2])
+        own_type = b'"type":' + to_json(as_dict(event).get("type"))
+        return event is None or self.end.pattern.match(own_type) is not None
 
     def _without_opening(self, data: bytes) -> bytes:
         """Hold data back until the first content; set ``error`` if an error comes instead."""
@@ -7143,7 +7160,7 @@ class PassthroughDecoder(Decoder):
     def close(self) -> List[Event]:
         data = bytes(self.opening + self.buffer)
         self.buffer, self.opening = bytearray(), bytearray()
-        if not self.end_seen and not any(self.end.matches(data)):
+        if not self.end_seen and not any(self._ends(data)):
             self.error = truncated(self.upstream_name)
             return self.flush()
         data = self.rename(data)
@@ -7158,6 +7175,7 @@ class PassthroughDecoder(Decoder):
         return [RawBytes(b"\n")] if self.started and not between_events else []
 
 
+FIRST_KEY = re.compile(rb"data:\s{0,9}\{\s{0,9}")  # what precedes it in a line
 DATA_LINE = re.compile(rb"(?:^|[\r\n]|^\xef\xbb\xbf)(?:data|error):([^\r\n]*)(?=[\r\n])")
 OPENING_TYPES = re.compile(
     r"ping|keepalive|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)"

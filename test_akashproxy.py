@@ -3164,6 +3164,32 @@ def test_a_relayed_stream_is_complete_with_its_last_event(path, body, ended, fak
     wait_for(lambda: "ended=whole" in log.text and "tokens_in=11 tokens_out=7" in log.text)
 
 
+ECHOES = {"/v1/messages": "message_stop", "/v1/responses": "response.completed"}
+
+
+@pytest.mark.parametrize("line_break", [b"\n", b"\r\n", b"\r"], ids=["LF", "CR LF", "CR"])
+@pytest.mark.parametrize("own", ["first", "last"])
+@pytest.mark.parametrize("path, last", ECHOES.items())
+def test_only_its_own_type_makes_an_event_the_end(path, last, own, line_break):
+    def event(type, **fields):
+        fields = {"type": type, **fields} if own == "first" else {**fields, "type": type}
+        return b"data: %b\n\n" % json.dumps(fields, separators=(",", ":")).encode()
+
+    echo = {"metadata": {"type": last}, "tools": [{"type": last}, {"type": last}]}
+    begun = event("text", text="a") + event("content_block_start", content_block={"input": echo}) + event("response.output_item.done", item=echo)
+    begun, data = (part.replace(b"\n", line_break) for part in (begun, begun + event(last, response=echo)))
+    for at in range(len(data) + 1):
+        decoder = akashproxy.PassthroughDecoder("up", akashproxy.STREAM_ENDS[path])
+        parts = [part.data for part in decoder.feed(data[:at])]
+        assert not decoder.complete or at > len(begun)
+        parts += [part.data for part in [*decoder.feed(data[at:]), *decoder.close()]]
+        assert not decoder.error and b"".join(parts).rstrip() == data.rstrip()
+    decoder = akashproxy.PassthroughDecoder("up", akashproxy.STREAM_ENDS[path])
+    decoder.feed(begun)
+    decoder.close()
+    assert "ended its answer early" in decoder.error.message
+
+
 @table({
     # name: (bytes, events, what the error says)
     "plain": (b"".join(FakeOpenAI.words("Hi there.")), [T("Hi there."), Finish("stop")], None),
@@ -10637,6 +10663,10 @@ def growths(work, head, unit, tail):
     "Relay: events": (feeding(relay_decoder), b"", chat_line({"content": "a"}), b""),
     "Relay: half an event, comments after it": (feeding(relay_decoder), b"data: {}\n", b": finish_reason\n", b""),
     "Relay: words of an end": (feeding(relay_decoder), chat_line({}), b'data: "finish_reason":"[DONE] response.\n', b""),
+    "Relay: types of an end within events": (feeding(functools.partial(akashproxy.PassthroughDecoder, "b", akashproxy.STREAM_ENDS["/v1/messages"])), b"data: 1\n",
+                                             b'data: {"a":[{"type":"message_stop"},{"type":"error"},{"type":"message_stop"}],"type":"ping"}\n', b""),
+    "Relay: types of an end within an event": (feeding(functools.partial(akashproxy.PassthroughDecoder, "b", akashproxy.STREAM_ENDS["/v1/messages"])), b'data: 1\ndata: [0',
+                                               b',{"type":"message_stop"},{"type":"error"}', b"]\n"),
     "Body: small chunks": (feeding(chunked_body), b"", b"1\r\na\r\n", b""),
     "Body: chunks with extensions": (feeding(chunked_body), b"", b"1;a\r\na\r\n", b""),
     "Body: chunks with line breaks in them": (feeding(chunked_body), b"", b"2\r\n\r\n\r\n", b""),
