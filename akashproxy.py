@@ -8491,6 +8491,7 @@ class Dialect:
     keeps_text = False  # of a stream: an endless one must be cut before it fills the memory
     prompt_estimate: Optional[int] = None  # tokens of the request
     output_units = 0  # token_units() of the events so far
+    extra_values = 0  # JSON values in the IDs of the request's tool calls
     usage: Optional[Dict[str, Any]] = None  # of the answer, when it is complete
 
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
@@ -8511,6 +8512,14 @@ class Dialect:
         """Compute what would block the loop later, for a large body. Worker thread."""
         if len(self.call.original.raw_body) > self.LARGE_BODY:
             self.estimate_prompt()
+
+    def own_id(self, value: Any) -> Tuple[Optional[str], Dict[str, Any]]:
+        """A past tool call's ID and what it contained. APIError if IDs contain too much."""
+        call_id, extra = sent_id(value)
+        self.extra_values += count_values(extra)
+        if self.extra_values > MAX_JSON_VALUES:
+            raise bad_request(f"The IDs of tool calls contain more than {MAX_JSON_VALUES} values.")
+        return call_id, extra or {}
 
     def estimate_prompt(self) -> int:
         """An estimate of the request's tokens, computed once."""
@@ -8656,6 +8665,7 @@ class ChatCompletions(Dialect):
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 param = f"messages[{i}]"
                 raise bad_request(f"{param} must be an object with a 'role'.", param)
+            self.restore_ids(message)
         options = body.get("stream_options")
         if options is not None and not isinstance(options, dict):
             raise bad_request("'stream_options' must be an object.", "stream_options")
@@ -8667,6 +8677,21 @@ class ChatCompletions(Dialect):
             if body.get(name) not in (None, default)
         ]
         return call
+
+    def restore_ids(self, message: Dict[str, Any]) -> None:
+        """Put back what its IDs of tool calls contain, which are those of BlockDialect."""
+        if EXTRA in as_str(message.get("tool_call_id")):
+            message["tool_call_id"], _ = sent_id(message["tool_call_id"])
+        calls = [
+            call
+            for call in map(as_dict, as_list(message.get("tool_calls")))
+            if EXTRA in as_str(call.get("id"))
+        ]
+        for call in calls:
+            call["id"], extra = self.own_id(call["id"])
+            call.update({**extra, **call})
+        for name, value in pop_reasoning(calls).items():
+            message[name] = message.get(name) or value
 
     def ping_frame(self, style: str) -> bytes:
         return self.opening_frames() if style == "chunk" else super().ping_frame(style)
@@ -8839,7 +8864,6 @@ class BlockRequest(Dialect):
         self.untranslated: List[str] = []  # names of ignored fields, for a response header
         self.tool_names: Dict[str, Tuple[str, Optional[str]]] = {}  # sent: (name, namespace)
         self.messages: List[Dict[str, Any]] = []  # for finish_messages()
-        self.extra_values = 0  # in the IDs of its calls
         self.has_begun = False  # there are further messages of the user or the assistant
         super().__init__(body, base_url)
 
@@ -8932,10 +8956,7 @@ class BlockRequest(Dialect):
 
     def history_call(self, block: Dict[str, Any]) -> Dict[str, Any]:
         """A past tool call in OpenAI's format. APIError if IDs contain too much."""
-        call_id, extra = sent_id(block.get("call_id", block.get("id")))
-        self.extra_values += count_values(extra)
-        if self.extra_values > MAX_JSON_VALUES:
-            raise bad_request(f"The IDs of tool calls contain more than {MAX_JSON_VALUES} values.")
+        call_id, extra = self.own_id(block.get("call_id", block.get("id")))
         given = (block[name] for name in CALL_ARGUMENTS if name in block)
         arguments, call_type = next(given, None), str(block.get("type"))
         if call_type == "custom_tool_call":
@@ -9239,16 +9260,22 @@ def finish_messages(messages: List[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
         parts, calls, reasoning = message["content"], message["calls"], message["reasoning"]
         texts = [part["text"] for part in parts if part["type"] == "text"]
         content = "\n\n".join(texts) if len(texts) == len(parts) else parts
-        hidden = [as_str(call.pop("reasoning_content", None)) for call in calls]
-        details = [as_list(call.pop("reasoning_details", None)) for call in calls]
-        fields = {
-            "tool_calls": calls,
-            "reasoning_content": "\n\n".join(reasoning or filter(None, hidden)),
-            "reasoning_details": list(itertools.chain.from_iterable(details)),
-        }
+        fields: Dict[str, Any] = {"tool_calls": calls, **pop_reasoning(calls)} if calls else {}
+        if calls and reasoning:
+            fields["reasoning_content"] = "\n\n".join(reasoning)
         if content or calls:
-            given = {name: value for name, value in fields.items() if calls and value}
-            yield {"role": message["role"], "content": content or None, **given}
+            yield {"role": message["role"], "content": content or None, **fields}
+
+
+def pop_reasoning(calls: List[Dict[str, Any]]) -> Dict[str, Any]:
+    """Remove from calls what their IDs contained of their message; returns its fields."""
+    texts = [as_str(call.pop("reasoning_content", None)) for call in calls]
+    details = [as_list(call.pop("reasoning_details", None)) for call in calls]
+    fields = {
+        "reasoning_content": "\n\n".join(filter(None, texts)),
+        "reasoning_details": list(itertools.chain.from_iterable(details)),
+    }
+    return {name: value for name, value in fields.items() if value}
 
 
 def pair_tool_results(messages: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
@@ -9341,8 +9368,8 @@ def without_own_marks(value: Any, levels: int = 5) -> Any:
     """A request for an upstream with the client's own API, or a part of it.
 
     It would reject reasoning of ours, which has no valid signature and no ID that it knows, and the
-    long IDs of id_with_extra(). These stand within five ``levels``: in a block or call of the list
-    in a message of the body's list.
+    long IDs of id_with_extra(), except in a chat, which restore_ids() has changed. These stand
+    within five ``levels``: in a block or call of the list in a message of the body's list.
     """
     if isinstance(value, list) and levels:
         items = (item for item in value if not is_own_reasoning(item))

@@ -5498,7 +5498,26 @@ def test_upstreams_with_the_clients_api_get_nothing_that_was_added(path, sent, e
     name = "input" if path.endswith("responses") else "messages"
     sent = json.loads(json.dumps(sent).replace(CARRIED, changed))
     ask(pool((fake, {"paths": ["*"]})), "POST", path, {"model": "both", "max_tokens": 9, name: sent})
+    if name == "messages" and "tool_calls" in expected[0] and changed == CARRIED:
+        expected = [{**expected[0], "reasoning_content": "hm " * 1000}, expected[1]]
     assert fake.bodies()[-1][name] == expected
+
+
+SIGNATURE = {"extra_content": {"google": {"thought_signature": "S"}}}
+@table({
+    # name: (what the IDs of two calls contain, further fields of their message, those of the call and of the message as the upstream gets them)
+    "the upstream's own ID": (({"id": "functions.f:0"}, None), {}, {"id": "functions.f:0"}, {}),
+    "fields of the call": (({**SIGNATURE, "id": "a b"}, None), {}, {**SIGNATURE, "id": "a b"}, {}),
+    "reasoning": (({"reasoning_content": "hm", **SIGNATURE}, None), {}, {"id": "c1", **SIGNATURE}, {"reasoning_content": "hm"}),
+    "reasoning that the client returns": (({"reasoning_content": "hm"}, None), {"reasoning_content": "mm"}, {"id": "c1"}, {"reasoning_content": "mm"}),
+    "details of two calls": (({"reasoning_details": [SEALED]}, {"reasoning_details": [SIGNED]}), {}, {"id": "c1"}, {"reasoning_details": [SEALED, SIGNED]}),
+})
+def test_a_conversation_begun_in_another_api_goes_on_as_a_chat(extras, fields, call_fields, message_fields, fake, pool):
+    ids = [akashproxy.id_with_extra(id, extra) for id, extra in zip(("c1", "c2"), extras)]
+    sent = {**called((ids[0], "f", "{}"), (ids[1], "f", "{}")), **fields}
+    assert chat(pool(fake), {**BOTH, "messages": [user("x"), sent, returned(ids[0], "1"), returned(ids[1], "2")]}).status == 200
+    expected = {**C1_C2, **message_fields, "tool_calls": [{**C1_C2["tool_calls"][0], **call_fields}, C1_C2["tool_calls"][1]]}
+    assert fake.bodies()[-1]["messages"] == [user("x"), expected, returned(call_fields["id"], "1"), returned("c2", "2")]
 
 
 def test_marks_are_looked_for_where_they_stand_only(fake, pool):
@@ -5516,6 +5535,9 @@ def test_an_id_that_carries_nothing_stays_as_it_is(id):
 @pytest.mark.parametrize("calls, is_accepted", [(3, True), (12, False)])
 def test_values_in_ids_are_limited_as_those_of_a_body(calls, is_accepted):
     id = akashproxy.id_with_extra("c", {"a": [[]] * 10_000})
+    chat_calls = called(*[(id, "f", "{}")] * calls)
+    with contextlib.nullcontext() if is_accepted else pytest.raises(APIError, match="IDs of tool calls contain"):
+        akashproxy.ChatCompletions({**BOTH, "messages": [chat_calls]})
     blocks = [{"type": "tool_use", "id": id, "name": "f", "input": {}}] * calls
     call = akashproxy.Messages({**ASKED, "messages": [{"role": "assistant", "content": blocks}]}).call
     assert (call.translation_error is None) == is_accepted
