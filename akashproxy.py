@@ -6634,8 +6634,11 @@ class CallInProgress:
     def feed(self, text: str) -> str:
         """Add a fragment of the arguments; return what is new in it.
 
-        Some servers send with each fragment all of them so far, or at the end all of them again.
+        Some servers send with each fragment all of them so far, or at the end all of them again;
+        others a JSON string with the object.
         """
+        if not self.size and text.startswith('"{'):
+            text = json_or_none(text.encode("utf-8", "replace")) or text
         if self.opened and self.size <= len(text) and text.startswith("".join(self.arguments)):
             text = text[self.size :]
         if self.size and self.complete:
