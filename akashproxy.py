@@ -746,7 +746,10 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Image:
-    """A finished image: job, file name and URL at the upstream; bytes if requested."""
+    """A finished image: job, file name and URL at the upstream; bytes if requested.
+
+    Without a file name the URL is for the client, and may be a data URL.
+    """
 
     job: str
     prompt: str
@@ -6771,6 +6774,7 @@ CALL_FIELDS = ("index", "id", "type", "function")  # of a tool call; others are 
 def message_events(message: Dict[str, Any]) -> List[Event]:
     """Return the events of a stream's delta or of a complete message."""
     events: List[Event] = []
+    images = as_list(message.get("images"))  # OpenRouter's and LiteLLM's
     reasoning = next((message[name] for name in REASONING_FIELDS if message.get(name)), None)
     content = message.get("content") or message.get("refusal")
     content = content or as_dict(message.get("audio")).get("transcript")
@@ -6779,11 +6783,15 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
         reasoning = reasoning or [part for part in parts if part.get("type") in REASONING_TYPES]
         texts = (part.get("text") for part in parts if part.get("type") not in REASONING_TYPES)
         content = "".join(str(text or "") for text in texts)
+        images = [*images, *parts]
     reasoning = reasoning_text(reasoning)
     if reasoning:
         events.append(Reasoning(reasoning))
     if isinstance(content, str) and content:
         events.append(Text(content))
+    sources = (as_dict(image).get("image_url") for image in images)
+    urls = (as_dict(source).get("url", source) for source in sources)
+    events += [Image("", "", "", url) for url in urls if url and isinstance(url, str)]
     calls = as_list(message.get("tool_calls"))
     if isinstance(message.get("function_call"), dict):
         calls = [{"index": 0, "function": message["function_call"]}]
@@ -8631,7 +8639,7 @@ class Dialect:
         return f"![{alt}]({self.link(image)})"
 
     def link(self, image: Image) -> str:
-        return f"{self.base_url()}/images/{image.name}"
+        return f"{self.base_url()}/images/{image.name}" if image.name else image.url
 
 
 def required_field(body: Dict[str, Any], name: str, expected: Any, description: str) -> Any:
@@ -8742,8 +8750,8 @@ class ChatCompletions(Dialect):
             message["content"] = text or None
             message["tool_calls"] = list(map(tool_call, answer.tools))
         body = self.body({"index": 0, "message": message, "logprobs": None}, answer)
-        if answer.images:  # the fields of akashchat-api-go
-            image = answer.images[0]
+        image = next(iter(answer.images), None)
+        if image and image.job:  # the fields of akashchat-api-go
             fields = {"jobId": image.job, "prompt": image.prompt, "pic": image.url}
             body.update(code=200, data={"model": self.model, **fields})
         return body
@@ -8853,6 +8861,7 @@ ChatParts = List[Dict[str, Any]]  # the content of a chat's message
 NAMED_TEXT_TYPES = ("refusal", "encrypted_content")
 ENCRYPTED_PREFIX = "gAAAAA"
 TEXT_TYPES = ("text", "input_text", "output_text", *NAMED_TEXT_TYPES)
+DATA_IMAGE = re.compile(r"!\[\]\(data:image/[\w+.-]+;base64,[\w+/=-]*\)")  # as in answers
 
 
 class BlockRequest(Dialect):
@@ -8988,13 +8997,12 @@ class BlockRequest(Dialect):
         In the first message of a conversation they raise APIError 400; later, that would end the
         conversation for good.
         """
-        if isinstance(block, str):
-            return [{"type": "text", "text": block}]
-        fields = as_dict(block)
+        fields = {"type": "text", "text": block} if isinstance(block, str) else as_dict(block)
         block_type, source = fields.get("type"), as_dict(fields.get("source"))
         text = fields.get(block_type if block_type in NAMED_TEXT_TYPES else "text")
         is_encrypted = str(fields.get("encrypted_content")).startswith(ENCRYPTED_PREFIX)
         if block_type in TEXT_TYPES and isinstance(text, str) and not is_encrypted:
+            text = DATA_IMAGE.sub("[An image is left out.]", text)
             return [{"type": "text", "text": text}]
         if block_type in ("image", "input_image"):
             url = fields.get("image_url") or source.get("url")

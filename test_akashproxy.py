@@ -3295,6 +3295,21 @@ def test_the_stop_sequence_that_an_upstream_names(choice, expected, streamed, fa
     assert (last["stop_reason"], last["stop_sequence"]) == expected
 
 
+@table({
+    # name: (the message's fields, or a delta, the text that the client gets)
+    "OpenRouter's": ({"content": "Here:", "images": [{"type": "image_url", "index": 0, "image_url": {"url": DATA_URL}}]}, f"Here:![]({DATA_URL})"),
+    "two, without a text": ({"content": None, "images": [{"image_url": {"url": DATA_URL}}, {"image_url": "https://h/x.png"}]}, f"![]({DATA_URL})![](https://h/x.png)"),
+    "a part of its content": ({"content": [text_part("Here:"), picture("https://h/x.png")]}, "Here:![](https://h/x.png)"),
+    "odd ones": ({"content": "a", "images": [None, {}, {"image_url": None}, {"image_url": {"url": 7}}, "x"]}, "a"),
+})
+@pytest.mark.parametrize("dialect", ["completions", "messages", "responses"])
+def test_images_of_a_chat_are_markdown(message, text, dialect, streamed, fake, pool):
+    fake.sends(fake.head() + chunks(FakeOpenAI.event(message), FakeOpenAI.event({}, "stop")) if streamed else reply(body={"choices": [{"message": message, "finish_reason": "stop"}]}))
+    path, body, reader, taken_apart, _ = DIALECTS[dialect]
+    got = ask(pool((fake, {"paths": ["/none"]})), "POST", path, {**body, "model": "both", "stream": streamed})
+    assert fold(reader(taken_apart(got.body) if streamed else got.json)).text.replace("\n\n", "") == text and "data" not in (got.json or {})
+
+
 @pytest.mark.parametrize("choice, status", [({}, 200), ({"finish_reason": None}, 200), ({"finish_reason": ""}, 200), ({"finish_reason": "null"}, 200),
                                             ({"finish_reason": None, "message": {"content": ""}}, 502), ({"finish_reason": None, "message": None}, 502)])
 def test_a_whole_answer_needs_no_reason_to_end(choice, status, fake, pool):
@@ -5292,6 +5307,8 @@ def becomes_a_chat(server, fake, path, body, messages):
                                    [{**CALLED_T1, "content": "t", "reasoning_content": "a\n\nb"}, GOT]),
     "reasoning in a message before the call": ([assistant([thinking("hmm")]), USES, user([result()])], [{**CALLED_T1, "reasoning_content": "hmm"}, GOT]),
     "reasoning without a call": ([assistant([thinking("hmm"), text_part("t")]), user("y")], [assistant("t"), user("y")]),
+    "pictures in its text": ([assistant(f"a ![]({DATA_URL})![b](data:x) ![](http://c/d)"), user([text_part(f"[c](d) ![]({DATA_URL}")])],
+                             [assistant("a [An image is left out.]![b](data:x) ![](http://c/d)"), user(f"[c](d) ![]({DATA_URL}")]),
     "redacted and empty reasoning": ([{**USES, "content": [{"type": "redacted_thinking", "data": "x"}, thinking(""), *USES["content"]]}, user([result()])], [CALLED_T1, GOT]),
     "a call without a result": ([USES, user("stop")], [CALLED_T1, no_result("t1"), user("stop")]),
     "one of two": ([USES_TWICE, user([result("2", "t2")])], [CALLED_TWICE, no_result("t1"), returned("t2", "2")]),
