@@ -6638,25 +6638,28 @@ class CallInProgress:
         """Add a fragment of the arguments; return what is new in it.
 
         Some servers send with each fragment all of them so far, or at the end all of them again;
-        others a JSON string with the object.
+        others a JSON string with the object, or something behind it.
         """
         if not self.size and text.startswith('"{'):
             text = json_or_none(text.encode("utf-8", "replace")) or text
+        elif not self.size:
+            text = text.removeprefix("{}") or text
         if self.opened and self.size <= len(text) and text.startswith("".join(self.arguments)):
             text = text[self.size :]
         if self.size and self.complete:
             return ""
-        self._scan(text)
+        text = text[: self._scan(text)]
         if not self.size and text.strip() in self.EMPTY:
             return ""
         self.arguments.append(text)
         self.size += len(text)
         return text
 
-    def _scan(self, text: str) -> None:
-        marks = self._MARKS.findall(self.escape + text)
-        self.escape = ""
-        for mark in marks:
+    def _scan(self, text: str) -> int:
+        """Return how much of a fragment belongs to the object."""
+        before, self.escape = len(self.escape), ""
+        for match in self._MARKS.finditer("\\" * before + text):
+            mark = match[0]
             if mark == '"':
                 self.in_string = not self.in_string
             elif mark == "\\":
@@ -6664,6 +6667,9 @@ class CallInProgress:
             elif mark in "{}[]" and not self.in_string:
                 self.opened = True
                 self.depth += 1 if mark in "{[" else -1
+                if not self.depth:
+                    return match.end() - before
+        return len(text)
 
 
 class ToolCallAssembler:
@@ -6767,7 +6773,6 @@ REASONING_FIELDS = (
     "reasoning_content", "reasoning", "reasoning_text", "thinking", "reasoning_details",
 )
 # fmt: on
-REASONING_TYPES = ("thinking", "reasoning")  # of parts of its content
 CALL_FIELDS = ("index", "id", "type", "function")  # of a tool call; others are the upstream's own
 
 
@@ -6778,13 +6783,12 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
     reasoning = next((message[name] for name in REASONING_FIELDS if message.get(name)), None)
     content = message.get("content") or message.get("refusal")
     content = content or as_dict(message.get("audio")).get("transcript")
-    if isinstance(content, list):
-        parts = list(map(as_dict, content))
-        reasoning = reasoning or [part for part in parts if part.get("type") in REASONING_TYPES]
-        texts = (part.get("text") for part in parts if part.get("type") not in REASONING_TYPES)
-        content = "".join(str(text or "") for text in texts)
+    if isinstance(content, (list, dict)):
+        parts = content if isinstance(content, list) else [content]
+        reasoning = reasoning or list(filter(is_reasoning, parts))
+        content = joined_text(list(itertools.filterfalse(is_reasoning, parts)))
         images = [*images, *parts]
-    reasoning = reasoning_text(reasoning)
+    reasoning = joined_text(reasoning)
     if reasoning:
         events.append(Reasoning(reasoning))
     if isinstance(content, str) and content:
@@ -6792,7 +6796,8 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
     sources = (as_dict(image).get("image_url") for image in images)
     urls = (as_dict(source).get("url", source) for source in sources)
     events += [Image("", "", "", url) for url in urls if url and isinstance(url, str)]
-    calls = as_list(message.get("tool_calls"))
+    calls = message.get("tool_calls")
+    calls = [calls] if isinstance(calls, dict) else as_list(calls)  # one, in a stream of TGI's
     if isinstance(message.get("function_call"), dict):
         calls = [{"index": 0, "function": message["function_call"]}]
     for position, call in enumerate(map(as_dict, calls)):
@@ -6811,13 +6816,18 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
     return events
 
 
-def reasoning_text(value: Any) -> str:
-    """Return reasoning that is a string, an object with it, or a list of these."""
+def is_reasoning(part: Any) -> bool:
+    """Whether a part of a message's content is reasoning."""
+    return as_dict(part).get("type") in ("thinking", "reasoning")
+
+
+def joined_text(value: Any) -> str:
+    """Return text that is a string, an object with it, or a list of these."""
     if isinstance(value, list):
-        return "".join(map(reasoning_text, value))
+        return "".join(map(joined_text, value))
     if isinstance(value, dict):
-        fields = map(value.get, ("text", "thinking", "summary", "content"))
-        return reasoning_text(next(filter(None, fields), None))
+        fields = map(value.get, ("text", "thinking", "summary", "content", "value"))
+        return joined_text(next(filter(None, fields), None))
     return as_str(value)
 
 
