@@ -8904,7 +8904,7 @@ class BlockRequest(Dialect):
         try:
             chat = {**call.body, "stream": call.stream, **renamed, **self.to_chat(body)}
             chat["messages"] = pair_tool_results(finish_messages(self.messages))
-            call.body = {name: value for name, value in chat.items() if value is not None}
+            call.body = {name: value for name, value in chat.items() if value not in (None, [])}
             if not chat["messages"]:
                 raise bad_request("No message has any content.")
         except RecursionError:

@@ -5648,6 +5648,7 @@ def test_equal_names_in_namespaces_stay_apart(fake, pool):
 
 @table({
     # name: (path, fields of a body, names and values that are sent, names that are not, what is ignored)
+    "no stop sequences, which OpenAI rejects": ("messages", {"stop_sequences": []}, {}, ["stop"], None),
     "a user of 64 characters": ("messages", {"metadata": {"user_id": "u" * 64}}, {"user": "u" * 64}, [], None),
     "one of 65": ("messages", {"metadata": {"user_id": "u" * 65}}, {}, ["user"], "metadata.user_id"),
     "one that is JSON": ("messages", {"metadata": {"user_id": '{"device_id":"x"}'}}, {}, ["user"], "metadata.user_id"),
