@@ -6656,7 +6656,11 @@ class CallInProgress:
         return text
 
     def _scan(self, text: str) -> int:
-        """Return how much of a fragment belongs to the object."""
+        """Return how much of a fragment belongs to the object; all of it if there is none."""
+        if not self.size:
+            self.opened = text.lstrip().startswith(("{", "["))
+        if not self.opened:
+            return len(text)
         before, self.escape = len(self.escape), ""
         for match in self._MARKS.finditer("\\" * before + text):
             mark = match[0]
@@ -6665,7 +6669,6 @@ class CallInProgress:
             elif mark == "\\":
                 self.escape = mark
             elif mark in "{}[]" and not self.in_string:
-                self.opened = True
                 self.depth += 1 if mark in "{[" else -1
                 if not self.depth:
                     return match.end() - before

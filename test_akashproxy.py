@@ -2967,6 +2967,7 @@ def call_parts(*parts):
     "arguments twice in one fragment": (call_parts((0, "a", "f", '{"a":"\\'), (0, None, None, '""}{"a":"\\""}')), [("f", '{"a":"\\""}')]),
     "empty arguments and others in one fragment": (call_parts((0, "a", "f", '{}{"a":1}')), [("f", '{"a":1}')]),
     "an object for the list": (call_parts(*({"tool_calls": calls(each)["tool_calls"][0]} for each in ((0, "", "f", '{"a"'), (0, "", None, ":1}")))), [("f", '{"a":1}')]),
+    "text for arguments": (call_parts((0, "a", "f", " "), (0, None, None, "*** {x}\n"), (0, None, None, "{y} z")), [("f", "*** {x}\n{y} z")]),
     "half a string for arguments": (call_parts((0, "a", "f", '"{\\"a')), [("f", '"{\\"a')]),
     "text in between": (call_parts((0, "a", "f", '{"a"'), {"content": "x", "reasoning_content": "y"}, (0, None, None, ":1}")), [("f", '{"a":1}')]),
     "braces and quotes within strings": (call_parts((0, None, "f", '{"a":"}\\"'), (0, None, "f", '{"}')), [("f", '{"a":"}\\"{"}')]),
