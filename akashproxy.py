@@ -8869,11 +8869,17 @@ class Images(Dialect):
 
 
 ChatParts = List[Dict[str, Any]]  # the content of a chat's message
-# Types of blocks whose text is in the field of that name. The second one stands in Codex's messages
-# between agents; it is encrypted only if it begins with ENCRYPTED_PREFIX.
-NAMED_TEXT_TYPES = ("refusal", "encrypted_content")
+# Blocks of text: their types, and the field with the text. "encrypted_content" stands in Codex's
+# messages between agents; it is encrypted only if it begins with ENCRYPTED_PREFIX.
+TEXT_FIELDS = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "refusal": "refusal",
+    "encrypted_content": "encrypted_content",
+    "compaction": "content",
+}
 ENCRYPTED_PREFIX = "gAAAAA"
-TEXT_TYPES = ("text", "input_text", "output_text", *NAMED_TEXT_TYPES)
 DATA_IMAGE = re.compile(r"!\[\]\(data:image/[\w+.-]+;base64,[\w+/=-]*\)")  # as in answers
 
 
@@ -8944,7 +8950,7 @@ class BlockRequest(Dialect):
                 texts = as_list(fields.get("content")) or as_list(fields.get("summary"))
                 reasoning += [as_str(as_dict(part).get("text")) for part in texts]
                 reasoning.append(as_str(fields.get("thinking")))
-            elif role == "assistant" and block_type not in (None, *TEXT_TYPES):
+            elif role == "assistant" and block_type is not None and block_text(fields) is None:
                 self.untranslated.append(str(block_type))
             else:
                 parts += self.convert_part(block, f"{param}.content[{i}]")
@@ -9012,9 +9018,8 @@ class BlockRequest(Dialect):
         """
         fields = {"type": "text", "text": block} if isinstance(block, str) else as_dict(block)
         block_type, source = fields.get("type"), as_dict(fields.get("source"))
-        text = fields.get(block_type if block_type in NAMED_TEXT_TYPES else "text")
-        is_encrypted = str(fields.get("encrypted_content")).startswith(ENCRYPTED_PREFIX)
-        if block_type in TEXT_TYPES and isinstance(text, str) and not is_encrypted:
+        text = block_text(fields)
+        if text is not None:
             text = DATA_IMAGE.sub("[An image is left out.]", text)
             return [{"type": "text", "text": text}]
         if block_type in ("image", "input_image"):
@@ -9098,6 +9103,13 @@ class BlockRequest(Dialect):
             self.untranslated.append("tool_choice")
             return None
         return {"type": "function", "function": {"name": sent}}
+
+
+def block_text(block: Dict[str, Any]) -> Optional[str]:
+    """The text of a block of text; None for other blocks, and if it is encrypted."""
+    text = block.get(TEXT_FIELDS.get(as_str(block.get("type")), ""))
+    is_encrypted = str(block.get("encrypted_content")).startswith(ENCRYPTED_PREFIX)
+    return text if isinstance(text, str) and not is_encrypted else None
 
 
 class BlockDialect(BlockRequest):
@@ -9483,6 +9495,8 @@ class Messages(BlockDialect):
         "model", "messages", "system", "stream", "tools", "tool_choice", "thinking", "metadata",
         "output_config", "output_format",
     )
+    STATEFUL = ("thread", "compaction")
+    DETAILED_CODES = ("thread_unsupported_request",)  # those that the SDK looks for
     FUNCTION_TYPES, SCHEMA_KEY = (None, "custom"), "input_schema"
     DELTA_TYPES = {
         Text: (b"text_delta", b"text"),
@@ -9502,6 +9516,10 @@ class Messages(BlockDialect):
     # -- the request
 
     def to_chat(self, body: Dict[str, Any]) -> Dict[str, Any]:
+        for name in self.STATEFUL:
+            if body.get(name):
+                message = f"{name!r} can't be used for this model: send the whole conversation."
+                raise bad_request(message, name, f"{name}_unsupported_request")
         thinking, config = as_dict(body.get("thinking")), as_dict(body.get("output_config"))
         self.show_reasoning = self.returns_reasoning = (
             thinking.get("type") not in (None, "disabled") and thinking.get("display") != "omitted"
@@ -9642,9 +9660,11 @@ class Messages(BlockDialect):
     @staticmethod
     def error_body(error: APIError) -> Dict[str, Any]:
         status = Messages.status(error)
+        is_detailed = error.code in Messages.DETAILED_CODES
         return {
             "type": "error",
             "error": {
+                **({"details": {"error_code": error.code}} if is_detailed else {}),
                 "message": overflow_message(error),
                 "type": Messages.ERROR_TYPE_BY_STATUS.get(
                     status, "api_error" if status >= 500 else "invalid_request_error"

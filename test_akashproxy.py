@@ -4918,6 +4918,8 @@ def test_messages_become_a_chat(fields, chat_fields, ignored, fake, pool):
     "a choice": ({"tools": [{"name": "f"}], "tool_choice": {"type": "most"}}, "'tool_choice' must be"),
     "no messages": ({"messages": None}, "'messages' is missing"),
     "a model that is a number": ({"model": 7}, "'model' must be"),
+    "a conversation that is stored": ({"thread": {"type": "continue", "previous_message_id": "msg_1"}}, "'thread'"),
+    "a request for a summary": ({"compaction": {"type": "summarize"}}, "'compaction'"),
 })
 def test_what_a_chat_can_not_say_is_named(fields, words, pool):
     server = pool(FakeOpenAI())
@@ -4925,6 +4927,14 @@ def test_what_a_chat_can_not_say_is_named(fields, words, pool):
     assert got.status == 400 and got.json["type"] == "error" and got.json["error"]["type"] == "invalid_request_error"
     assert words in got.json["error"]["message"]
     assert ask(server, "POST", "/v1/messages", ASKED).status == 200
+
+
+def test_anthropics_client_is_told_to_send_whole_conversations(streamed, a, b, pool):
+    sent = {**ASKED, "thread": {"type": "create"}, "stream": streamed}
+    got = ask(pool(a), "POST", "/v1/messages", sent)
+    assert got.status == 400 and got.json["error"]["details"] == {"error_code": "thread_unsupported_request"} and not a.bodies()
+    ask(pool((b, {"paths": ["*"]})), "POST", "/v1/messages", sent)
+    assert b.bodies()[-1]["thread"] == {"type": "create"}
 
 
 def test_a_message_that_is_nested_too_deeply():
@@ -5316,6 +5326,8 @@ def becomes_a_chat(server, fake, path, body, messages):
                                    [{**CALLED_T1, "content": "t", "reasoning_content": "a\n\nb"}, GOT]),
     "reasoning in a message before the call": ([assistant([thinking("hmm")]), USES, user([result()])], [{**CALLED_T1, "reasoning_content": "hmm"}, GOT]),
     "reasoning without a call": ([assistant([thinking("hmm"), text_part("t")]), user("y")], [assistant("t"), user("y")]),
+    "a summary in place of what was said": ([assistant([{"type": "compaction", "content": "S", "encrypted_content": "E"}]), user("y")], [assistant("S"), user("y")]),
+    "no summary": ([assistant([{"type": "compaction", "content": None}]), user("y")], [user("y")]),
     "pictures in its text": ([assistant(f"a ![]({DATA_URL})![b](data:x) ![](http://c/d)"), user([text_part(f"[c](d) ![]({DATA_URL}")])],
                              [assistant("a [An image is left out.]![b](data:x) ![](http://c/d)"), user(f"[c](d) ![]({DATA_URL}")]),
     "redacted and empty reasoning": ([{**USES, "content": [{"type": "redacted_thinking", "data": "x"}, thinking(""), *USES["content"]]}, user([result()])], [CALLED_T1, GOT]),
@@ -5400,6 +5412,7 @@ DEVELOPER, SAYS = developer("B"), assistant("doing")
                                    [user("Payload:\n\ngo")]),
     "an encrypted one": ([user("x"), {"type": "agent_message", "content": [{"type": "encrypted_content", "encrypted_content": "gAAAAABx"}]}],
                          [user("x"), user("[A block of type 'encrypted_content' is left out.]")]),
+    "an encrypted summary": ([{"type": "compaction", "id": "cmp_1", "encrypted_content": "gAAAAABx"}, user("x")], [user("x")]),
     "a search on the server": ([user("x"), {"type": "web_search_call", "id": "ws_1", "action": {"type": "search"}}, user("y")], [user("x"), user("y")]),
     "a PDF in an output": ([CALL_ITEM, {**OUTPUT_ITEM, "output": [PDF_FILE]}], [C1, returned("c1", PDF_NOTE)]),
     "a PDF in the first of two messages": ([user([PDF_FILE]), system("B"), user("y")], [system("B"), user(PDF_NOTE), user("y")]),
