@@ -6796,9 +6796,10 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
         events.append(Reasoning(reasoning))
     if isinstance(content, str) and content:
         events.append(Text(content))
-    sources = (as_dict(image).get("image_url") for image in images)
-    urls = (as_dict(source).get("url", source) for source in sources)
-    events += [Image("", "", "", url) for url in urls if url and isinstance(url, str)]
+    for image in images:
+        source = as_dict(image).get("image_url")
+        url = as_str(as_dict(source).get("url", source))
+        events += [Image("", "", "", url)] if url else []
     calls = message.get("tool_calls")
     calls = [calls] if isinstance(calls, dict) else as_list(calls)  # one, in a stream of TGI's
     if isinstance(message.get("function_call"), dict):
@@ -7128,7 +7129,11 @@ class PassthroughDecoder(Decoder):
 
     def _find_end(self, data: bytes) -> bytes:
         """Return the data up to the stream's last event, if it contains that."""
-        for match in self._ends(data):
+        start = 0
+        for match in self.end.matches(data):
+            if not self._is_own(match, start):
+                start = match.end()
+                continue
             self.end_seen, line_break = True, match[1]
             if line_break:
                 self.complete = True
@@ -7137,16 +7142,15 @@ class PassthroughDecoder(Decoder):
                 return data if rest == line_break else data[: match.end()] + line_break
         return data
 
-    def _ends(self, data: bytes) -> Iterator["re.Match[bytes]"]:
-        """Yield the matches of ``end`` that are not types of objects within an event."""
-        at = 0  # where a line begins
-        for match in self.end.matches(data):
-            if match[1] is not None and match[0].startswith(b'"type"'):  # up to the line's end
-                head = data[at : match.start()].replace(b"\r", b"\n").rpartition(b"\n")[2]
-                at = match.end()
-                if not FIRST_KEY.fullmatch(head) and not self._is_end(head + match[0]):
-                    continue
-            yield match
+    def _is_own(self, match: "re.Match[bytes]", start: int) -> bool:
+        """Whether a match is of an event's type, not of an object within the event.
+
+        ``start`` is that of its line, or of one before.
+        """
+        if match[1] is None or not match[0].startswith(b'"type"'):
+            return True
+        head = match.string[start : match.start()].replace(b"\r", b"\n").rpartition(b"\n")[2]
+        return FIRST_KEY.fullmatch(head) is not None or self._is_end(head + match[0])
 
     def _is_end(self, line: bytes) -> bool:
         """Whether the event of a line ends the stream; True if it can't be parsed."""
@@ -7184,7 +7188,9 @@ class PassthroughDecoder(Decoder):
     def close(self) -> List[Event]:
         data = bytes(self.opening + self.buffer)
         self.buffer, self.opening = bytearray(), bytearray()
-        if not self.end_seen and not any(self._ends(data)):
+        if not self.end_seen:
+            self._find_end(data)
+        if not self.end_seen:
             self.error = truncated(self.upstream_name)
             return self.flush()
         data = self.rename(data)
