@@ -9501,7 +9501,7 @@ class Messages(BlockDialect):
         "model", "messages", "system", "stream", "tools", "tool_choice", "thinking", "metadata",
         "output_config", "output_format",
     )
-    STATEFUL = ("thread", "compaction")
+    REFUSED = ("thread", "compaction")  # skipping these would change the answer
     DETAILED_CODES = ("thread_unsupported_request",)  # those that the SDK looks for
     FUNCTION_TYPES, SCHEMA_KEY = (None, "custom"), "input_schema"
     DELTA_TYPES = {
@@ -9522,7 +9522,7 @@ class Messages(BlockDialect):
     # -- the request
 
     def to_chat(self, body: Dict[str, Any]) -> Dict[str, Any]:
-        for name in self.STATEFUL:
+        for name in self.REFUSED:
             if body.get(name):
                 message = f"{name!r} can't be used for this model: send the whole conversation."
                 raise bad_request(message, name, f"{name}_unsupported_request")
