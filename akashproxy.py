@@ -747,7 +747,10 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Image:
-    """A finished image: job, file name and URL at the upstream; bytes if requested."""
+    """A finished image: job, file name and URL at the upstream; bytes if requested.
+
+    Without a file name the URL is for the client, and may be a data URL.
+    """
 
     job: str
     prompt: str
@@ -6729,30 +6732,42 @@ class CallInProgress:
     def feed(self, text: str) -> str:
         """Add a fragment of the arguments; return what is new in it.
 
-        Some servers send with each fragment all of them so far, or at the end all of them again.
+        Some servers send with each fragment all of them so far, or at the end all of them again;
+        others a JSON string with the object, or something behind it.
         """
+        if not self.size and text.startswith('"{'):
+            text = json_or_none(text.encode("utf-8", "replace")) or text
+        elif not self.size:
+            text = text.removeprefix("{}") or text
         if self.opened and self.size <= len(text) and text.startswith("".join(self.arguments)):
             text = text[self.size :]
         if self.size and self.complete:
             return ""
-        self._scan(text)
+        text = text[: self._scan(text)]
         if not self.size and text.strip() in self.EMPTY:
             return ""
         self.arguments.append(text)
         self.size += len(text)
         return text
 
-    def _scan(self, text: str) -> None:
-        marks = self._MARKS.findall(self.escape + text)
-        self.escape = ""
-        for mark in marks:
+    def _scan(self, text: str) -> int:
+        """Return how much of a fragment belongs to the object; all of it if there is none."""
+        if not self.size:
+            self.opened = text.lstrip().startswith(("{", "["))
+        if not self.opened:
+            return len(text)
+        before, self.escape = len(self.escape), ""
+        for match in self._MARKS.finditer("\\" * before + text):
+            mark = match[0]
             if mark == '"':
                 self.in_string = not self.in_string
             elif mark == "\\":
                 self.escape = mark
             elif mark in "{}[]" and not self.in_string:
-                self.opened = True
                 self.depth += 1 if mark in "{[" else -1
+                if not self.depth:
+                    return match.end() - before
+        return len(text)
 
 
 class ToolCallAssembler:
@@ -6856,27 +6871,32 @@ REASONING_FIELDS = (
     "reasoning_content", "reasoning", "reasoning_text", "thinking", "reasoning_details",
 )
 # fmt: on
-REASONING_TYPES = ("thinking", "reasoning")  # of parts of its content
 CALL_FIELDS = ("index", "id", "type", "function")  # of a tool call; others are the upstream's own
 
 
 def message_events(message: Dict[str, Any]) -> List[Event]:
     """Return the events of a stream's delta or of a complete message."""
     events: List[Event] = []
+    images = as_list(message.get("images"))  # OpenRouter's and LiteLLM's
     reasoning = next((message[name] for name in REASONING_FIELDS if message.get(name)), None)
     content = message.get("content") or message.get("refusal")
     content = content or as_dict(message.get("audio")).get("transcript")
-    if isinstance(content, list):
-        parts = list(map(as_dict, content))
-        reasoning = reasoning or [part for part in parts if part.get("type") in REASONING_TYPES]
-        texts = (part.get("text") for part in parts if part.get("type") not in REASONING_TYPES)
-        content = "".join(str(text or "") for text in texts)
-    reasoning = reasoning_text(reasoning)
+    if isinstance(content, (list, dict)):
+        parts = content if isinstance(content, list) else [content]
+        reasoning = reasoning or list(filter(is_reasoning, parts))
+        content = joined_text(list(itertools.filterfalse(is_reasoning, parts)))
+        images = [*images, *parts]
+    reasoning = joined_text(reasoning)
     if reasoning:
         events.append(Reasoning(reasoning))
     if isinstance(content, str) and content:
         events.append(Text(content))
-    calls = as_list(message.get("tool_calls"))
+    for image in images:
+        source = as_dict(image).get("image_url")
+        url = as_str(as_dict(source).get("url", source))
+        events += [Image("", "", "", url)] if url else []
+    calls = message.get("tool_calls")
+    calls = [calls] if isinstance(calls, dict) else as_list(calls)  # one, in a stream of TGI's
     if isinstance(message.get("function_call"), dict):
         calls = [{"index": 0, "function": message["function_call"]}]
     for position, call in enumerate(map(as_dict, calls)):
@@ -6895,13 +6915,18 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
     return events
 
 
-def reasoning_text(value: Any) -> str:
-    """Return reasoning that is a string, an object with it, or a list of these."""
+def is_reasoning(part: Any) -> bool:
+    """Whether a part of a message's content is reasoning."""
+    return as_dict(part).get("type") in ("thinking", "reasoning")
+
+
+def joined_text(value: Any) -> str:
+    """Return text that is a string, an object with it, or a list of these."""
     if isinstance(value, list):
-        return "".join(map(reasoning_text, value))
+        return "".join(map(joined_text, value))
     if isinstance(value, dict):
-        fields = map(value.get, ("text", "thinking", "summary", "content"))
-        return reasoning_text(next(filter(None, fields), None))
+        fields = map(value.get, ("text", "thinking", "summary", "content", "value"))
+        return joined_text(next(filter(None, fields), None))
     return as_str(value)
 
 
@@ -7205,7 +7230,11 @@ class PassthroughDecoder(Decoder):
 
     def _find_end(self, data: bytes, typical: int) -> bytes:
         """Return the data up to the stream's last event, if it contains that."""
+        start = typical
         for match in self.end.matches(data, typical):
+            if not self._is_own(match, start):
+                start = match.end()
+                continue
             self.end_seen, line_break = True, match[1]
             if line_break:
                 self.complete = True
@@ -7213,6 +7242,22 @@ class PassthroughDecoder(Decoder):
                 rest = data[match.end() :]
                 return data if rest == line_break else data[: match.end()] + line_break
         return data
+
+    def _is_own(self, match: "re.Match[bytes]", start: int) -> bool:
+        """Whether a match is of an event's type, not of an object within the event.
+
+        ``start`` is that of its line, or of one before.
+        """
+        if match[1] is None or not match[0].startswith(b'"type"'):
+            return True
+        head = match.string[start : match.start()].replace(b"\r", b"\n").rpartition(b"\n")[2]
+        return FIRST_KEY.fullmatch(head) is not None or self._is_end(head + match[0])
+
+    def _is_end(self, line: bytes) -> bool:
+        """Whether the event of a line ends the stream; True if it can't be parsed."""
+        event = json_or_none(line.partition(b"data:")[2])
+        own_type = b'"type":' + to_json(as_dict(event).get("type"))
+        return event is None or self.end.pattern.match(own_type) is not None
 
     def _without_opening(self, data: bytes) -> bytes:
         """Hold data back until the first content; set ``error`` if an error comes instead."""
@@ -7244,7 +7289,9 @@ class PassthroughDecoder(Decoder):
     def close(self) -> List[Event]:
         data = bytes(self.opening + self.buffer)
         self.buffer, self.opening = bytearray(), bytearray()
-        if not self.end_seen and not any(self.end.matches(data)):
+        if not self.end_seen:
+            self._find_end(data)
+        if not self.end_seen:
             self.error = truncated(self.upstream_name)
             return self.flush()
         data = self.rename(data)
@@ -7259,6 +7306,7 @@ class PassthroughDecoder(Decoder):
         return [RawBytes(b"\n")] if self.started and not between_events else []
 
 
+FIRST_KEY = re.compile(rb"data:\s{0,9}\{\s{0,9}")  # what precedes it in a line
 DATA_LINE = re.compile(rb"(?:^|[\r\n]|^\xef\xbb\xbf)(?:data|error):([^\r\n]*)(?=[\r\n])")
 OPENING_TYPES = re.compile(
     r"ping|keepalive|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)"
@@ -8586,6 +8634,7 @@ class Dialect:
     keeps_text = False  # of a stream: an endless one must be cut before it fills the memory
     prompt_estimate: Optional[int] = None  # tokens of the request
     output_units = 0  # token_units() of the events so far
+    extra_values = 0  # JSON values in the IDs of the request's tool calls
     usage: Optional[Dict[str, Any]] = None  # of the answer, when it is complete
 
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
@@ -8606,6 +8655,14 @@ class Dialect:
         """Compute what would block the loop later, for a large body. Worker thread."""
         if len(self.call.original.raw_body) > self.LARGE_BODY:
             self.estimate_prompt()
+
+    def own_id(self, value: Any) -> Tuple[Optional[str], Dict[str, Any]]:
+        """A past tool call's ID and what it contained. APIError if IDs contain too much."""
+        call_id, extra = sent_id(value)
+        self.extra_values += count_values(extra)
+        if self.extra_values > MAX_JSON_VALUES:
+            raise bad_request(f"The IDs of tool calls contain more than {MAX_JSON_VALUES} values.")
+        return call_id, extra or {}
 
     def estimate_prompt(self) -> int:
         """An estimate of the request's tokens, computed once."""
@@ -8714,7 +8771,7 @@ class Dialect:
         return f"![{alt}]({self.link(image)})"
 
     def link(self, image: Image) -> str:
-        return f"{self.base_url()}/images/{image.name}"
+        return f"{self.base_url()}/images/{image.name}" if image.name else image.url
 
 
 def required_field(body: Dict[str, Any], name: str, expected: Any, description: str) -> Any:
@@ -8751,6 +8808,7 @@ class ChatCompletions(Dialect):
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 param = f"messages[{i}]"
                 raise bad_request(f"{param} must be an object with a 'role'.", param)
+            self.restore_ids(message)
         options = body.get("stream_options")
         if options is not None and not isinstance(options, dict):
             raise bad_request("'stream_options' must be an object.", "stream_options")
@@ -8762,6 +8820,21 @@ class ChatCompletions(Dialect):
             if body.get(name) not in (None, default)
         ]
         return call
+
+    def restore_ids(self, message: Dict[str, Any]) -> None:
+        """Put back what its IDs of tool calls contain, which are those of BlockDialect."""
+        if EXTRA in as_str(message.get("tool_call_id")):
+            message["tool_call_id"], _ = sent_id(message["tool_call_id"])
+        calls = [
+            call
+            for call in map(as_dict, as_list(message.get("tool_calls")))
+            if EXTRA in as_str(call.get("id"))
+        ]
+        for call in calls:
+            call["id"], extra = self.own_id(call["id"])
+            call.update({**extra, **call})
+        for name, value in pop_reasoning(calls).items():
+            message[name] = message.get(name) or value
 
     def ping_frame(self, style: str) -> bytes:
         return self.opening_frames() if style == "chunk" else super().ping_frame(style)
@@ -8809,8 +8882,8 @@ class ChatCompletions(Dialect):
             message["content"] = text or None
             message["tool_calls"] = list(map(tool_call, answer.tools))
         body = self.body({"index": 0, "message": message, "logprobs": None}, answer)
-        if answer.images:  # the fields of akashchat-api-go
-            image = answer.images[0]
+        image = next(iter(answer.images), None)
+        if image and image.job:  # the fields of akashchat-api-go
             fields = {"jobId": image.job, "prompt": image.prompt, "pic": image.url}
             body.update(code=200, data={"model": self.model, **fields})
         return body
@@ -8915,11 +8988,18 @@ class Images(Dialect):
 
 
 ChatParts = List[Dict[str, Any]]  # the content of a chat's message
-# Types of blocks whose text is in the field of that name. The second one stands in Codex's messages
-# between agents; it is encrypted only if it begins with ENCRYPTED_PREFIX.
-NAMED_TEXT_TYPES = ("refusal", "encrypted_content")
+# Blocks of text: their types, and the field with the text. "encrypted_content" stands in Codex's
+# messages between agents; it is encrypted only if it begins with ENCRYPTED_PREFIX.
+TEXT_FIELDS = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "refusal": "refusal",
+    "encrypted_content": "encrypted_content",
+    "compaction": "content",
+}
 ENCRYPTED_PREFIX = "gAAAAA"
-TEXT_TYPES = ("text", "input_text", "output_text", *NAMED_TEXT_TYPES)
+DATA_IMAGE = re.compile(r"!\[\]\(data:image/[\w+.-]+;base64,[\w+/=-]*\)")  # as in answers
 
 
 class BlockRequest(Dialect):
@@ -8934,7 +9014,6 @@ class BlockRequest(Dialect):
         self.untranslated: List[str] = []  # names of ignored fields, for a response header
         self.tool_names: Dict[str, Tuple[str, Optional[str]]] = {}  # sent: (name, namespace)
         self.messages: List[Dict[str, Any]] = []  # for finish_messages()
-        self.extra_values = 0  # in the IDs of its calls
         self.has_begun = False  # there are further messages of the user or the assistant
         super().__init__(body, base_url)
 
@@ -8953,7 +9032,7 @@ class BlockRequest(Dialect):
         try:
             chat = {**call.body, "stream": call.stream, **renamed, **self.to_chat(body)}
             chat["messages"] = pair_tool_results(finish_messages(self.messages))
-            call.body = {name: value for name, value in chat.items() if value is not None}
+            call.body = {name: value for name, value in chat.items() if value not in (None, [])}
             if not chat["messages"]:
                 raise bad_request("No message has any content.")
         except RecursionError:
@@ -8990,7 +9069,7 @@ class BlockRequest(Dialect):
                 texts = as_list(fields.get("content")) or as_list(fields.get("summary"))
                 reasoning += [as_str(as_dict(part).get("text")) for part in texts]
                 reasoning.append(as_str(fields.get("thinking")))
-            elif role == "assistant" and block_type not in (None, *TEXT_TYPES):
+            elif role == "assistant" and block_type is not None and block_text(fields) is None:
                 self.untranslated.append(str(block_type))
             else:
                 parts += self.convert_part(block, f"{param}.content[{i}]")
@@ -9027,10 +9106,7 @@ class BlockRequest(Dialect):
 
     def history_call(self, block: Dict[str, Any]) -> Dict[str, Any]:
         """A past tool call in OpenAI's format. APIError if IDs contain too much."""
-        call_id, extra = sent_id(block.get("call_id", block.get("id")))
-        self.extra_values += count_values(extra)
-        if self.extra_values > MAX_JSON_VALUES:
-            raise bad_request(f"The IDs of tool calls contain more than {MAX_JSON_VALUES} values.")
+        call_id, extra = self.own_id(block.get("call_id", block.get("id")))
         given = (block[name] for name in CALL_ARGUMENTS if name in block)
         arguments, call_type = next(given, None), str(block.get("type"))
         if call_type == "custom_tool_call":
@@ -9059,13 +9135,11 @@ class BlockRequest(Dialect):
         In the first message of a conversation they raise APIError 400; later, that would end the
         conversation for good.
         """
-        if isinstance(block, str):
-            return [{"type": "text", "text": block}]
-        fields = as_dict(block)
+        fields = {"type": "text", "text": block} if isinstance(block, str) else as_dict(block)
         block_type, source = fields.get("type"), as_dict(fields.get("source"))
-        text = fields.get(block_type if block_type in NAMED_TEXT_TYPES else "text")
-        is_encrypted = str(fields.get("encrypted_content")).startswith(ENCRYPTED_PREFIX)
-        if block_type in TEXT_TYPES and isinstance(text, str) and not is_encrypted:
+        text = block_text(fields)
+        if text is not None:
+            text = DATA_IMAGE.sub("[An image is left out.]", text)
             return [{"type": "text", "text": text}]
         if block_type in ("image", "input_image"):
             url = fields.get("image_url") or source.get("url")
@@ -9148,6 +9222,13 @@ class BlockRequest(Dialect):
             self.untranslated.append("tool_choice")
             return None
         return {"type": "function", "function": {"name": sent}}
+
+
+def block_text(block: Dict[str, Any]) -> Optional[str]:
+    """The text of a block of text; None for other blocks, and if it is encrypted."""
+    text = block.get(TEXT_FIELDS.get(as_str(block.get("type")), ""))
+    is_encrypted = str(block.get("encrypted_content")).startswith(ENCRYPTED_PREFIX)
+    return text if isinstance(text, str) and not is_encrypted else None
 
 
 class BlockDialect(BlockRequest):
@@ -9334,16 +9415,22 @@ def finish_messages(messages: List[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
         parts, calls, reasoning = message["content"], message["calls"], message["reasoning"]
         texts = [part["text"] for part in parts if part["type"] == "text"]
         content = "\n\n".join(texts) if len(texts) == len(parts) else parts
-        hidden = [as_str(call.pop("reasoning_content", None)) for call in calls]
-        details = [as_list(call.pop("reasoning_details", None)) for call in calls]
-        fields = {
-            "tool_calls": calls,
-            "reasoning_content": "\n\n".join(reasoning or filter(None, hidden)),
-            "reasoning_details": list(itertools.chain.from_iterable(details)),
-        }
+        fields: Dict[str, Any] = {"tool_calls": calls, **pop_reasoning(calls)} if calls else {}
+        if calls and reasoning:
+            fields["reasoning_content"] = "\n\n".join(reasoning)
         if content or calls:
-            given = {name: value for name, value in fields.items() if calls and value}
-            yield {"role": message["role"], "content": content or None, **given}
+            yield {"role": message["role"], "content": content or None, **fields}
+
+
+def pop_reasoning(calls: List[Dict[str, Any]]) -> Dict[str, Any]:
+    """Remove from calls what their IDs contained of their message; returns its fields."""
+    texts = [as_str(call.pop("reasoning_content", None)) for call in calls]
+    details = [as_list(call.pop("reasoning_details", None)) for call in calls]
+    fields = {
+        "reasoning_content": "\n\n".join(filter(None, texts)),
+        "reasoning_details": list(itertools.chain.from_iterable(details)),
+    }
+    return {name: value for name, value in fields.items() if value}
 
 
 def pair_tool_results(messages: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
@@ -9436,8 +9523,8 @@ def without_own_marks(value: Any, levels: int = 5) -> Any:
     """A request for an upstream with the client's own API, or a part of it.
 
     It would reject reasoning of ours, which has no valid signature and no ID that it knows, and the
-    long IDs of id_with_extra(). These stand within five ``levels``: in a block or call of the list
-    in a message of the body's list.
+    long IDs of id_with_extra(), except in a chat, which restore_ids() has changed. These stand
+    within five ``levels``: in a block or call of the list in a message of the body's list.
     """
     if isinstance(value, list) and levels:
         items = (item for item in value if not is_own_reasoning(item))
@@ -9527,6 +9614,8 @@ class Messages(BlockDialect):
         "model", "messages", "system", "stream", "tools", "tool_choice", "thinking", "metadata",
         "output_config", "output_format",
     )
+    REFUSED = ("thread", "compaction")  # skipping these would change the answer
+    DETAILED_CODES = ("thread_unsupported_request",)  # those that the SDK looks for
     FUNCTION_TYPES, SCHEMA_KEY = (None, "custom"), "input_schema"
     DELTA_TYPES = {
         Text: (b"text_delta", b"text"),
@@ -9546,6 +9635,10 @@ class Messages(BlockDialect):
     # -- the request
 
     def to_chat(self, body: Dict[str, Any]) -> Dict[str, Any]:
+        for name in self.REFUSED:
+            if body.get(name):
+                message = f"{name!r} can't be used for this model: send the whole conversation."
+                raise bad_request(message, name, f"{name}_unsupported_request")
         thinking, config = as_dict(body.get("thinking")), as_dict(body.get("output_config"))
         self.show_reasoning = self.returns_reasoning = (
             thinking.get("type") not in (None, "disabled") and thinking.get("display") != "omitted"
@@ -9686,9 +9779,11 @@ class Messages(BlockDialect):
     @staticmethod
     def error_body(error: APIError) -> Dict[str, Any]:
         status = Messages.status(error)
+        is_detailed = error.code in Messages.DETAILED_CODES
         return {
             "type": "error",
             "error": {
+                **({"details": {"error_code": error.code}} if is_detailed else {}),
                 "message": overflow_message(error),
                 "type": Messages.ERROR_TYPE_BY_STATUS.get(
                     status, "api_error" if status >= 500 else "invalid_request_error"

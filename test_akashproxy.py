@@ -2960,6 +2960,15 @@ def call_parts(*parts):
     "an index that jumps": (call_parts((0, "a", "f", '{"a"'), (7, None, None, ":1}")), [("f", '{"a":1}')]),
     "counted from 1": (call_parts((1, "a", "f", "{}"), (2, "b", "g", "{}")), [("f", "{}"), ("g", "{}")]),
     "arguments as an object": (call_parts((0, "a", "f", {"a": 1})), [("f", '{"a":1}')]),
+    "arguments that were encoded twice": (call_parts((0, "a", "f", ""), (0, None, None, json.dumps('{\n"a":"\u00e9"}'))), [("f", '{\n"a":"\u00e9"}')]),
+    "a string that looks like these, within arguments": (call_parts((0, "a", "f", '{"a":'), (0, None, None, '"{}"'), (0, None, None, "}")), [("f", '{"a":"{}"}')]),
+    "one brace too many": (call_parts((0, "a", "f", '{"a":'), (0, None, None, '"}{"}}'), (0, None, None, "}")), [("f", '{"a":"}{"}')]),
+    "a mark after arguments": (call_parts((0, "a", "f", '{"a":[{}]}\n</tool_call>')), [("f", '{"a":[{}]}')]),
+    "arguments twice in one fragment": (call_parts((0, "a", "f", '{"a":"\\'), (0, None, None, '""}{"a":"\\""}')), [("f", '{"a":"\\""}')]),
+    "empty arguments and others in one fragment": (call_parts((0, "a", "f", '{}{"a":1}')), [("f", '{"a":1}')]),
+    "an object for the list": (call_parts(*({"tool_calls": calls(each)["tool_calls"][0]} for each in ((0, "", "f", '{"a"'), (0, "", None, ":1}")))), [("f", '{"a":1}')]),
+    "text for arguments": (call_parts((0, "a", "f", " "), (0, None, None, "*** {x}\n"), (0, None, None, "{y} z")), [("f", "*** {x}\n{y} z")]),
+    "half a string for arguments": (call_parts((0, "a", "f", '"{\\"a')), [("f", '"{\\"a')]),
     "text in between": (call_parts((0, "a", "f", '{"a"'), {"content": "x", "reasoning_content": "y"}, (0, None, None, ":1}")), [("f", '{"a":1}')]),
     "braces and quotes within strings": (call_parts((0, None, "f", '{"a":"}\\"'), (0, None, "f", '{"}')), [("f", '{"a":"}\\"{"}')]),
     "no arguments": (call_parts((0, "a", "f", None)), [("f", "{}")]),
@@ -3164,6 +3173,32 @@ def test_a_relayed_stream_is_complete_with_its_last_event(path, body, ended, fak
     wait_for(lambda: "ended=whole" in log.text and "tokens_in=11 tokens_out=7" in log.text)
 
 
+ECHOES = {"/v1/messages": "message_stop", "/v1/responses": "response.completed"}
+
+
+@pytest.mark.parametrize("line_break", [b"\n", b"\r\n", b"\r"], ids=["LF", "CR LF", "CR"])
+@pytest.mark.parametrize("own", ["first", "last"])
+@pytest.mark.parametrize("path, last", ECHOES.items())
+def test_only_its_own_type_makes_an_event_the_end(path, last, own, line_break):
+    def event(type, **fields):
+        fields = {"type": type, **fields} if own == "first" else {**fields, "type": type}
+        return b"data: %b\n\n" % json.dumps(fields, separators=(",", ":")).encode()
+
+    echo = {"metadata": {"type": last}, "tools": [{"type": last}, {"type": last}]}
+    begun = event("text", text="a") + event("content_block_start", content_block={"input": echo}) + event("response.output_item.done", item=echo)
+    begun, data = (part.replace(b"\n", line_break) for part in (begun, begun + event(last, response=echo)))
+    for at in range(len(data) + 1):
+        decoder = akashproxy.PassthroughDecoder("up", akashproxy.STREAM_ENDS[path])
+        parts = [part.data for part in decoder.feed(data[:at])]
+        assert not decoder.complete or at > len(begun)
+        parts += [part.data for part in [*decoder.feed(data[at:]), *decoder.close()]]
+        assert not decoder.error and b"".join(parts).rstrip() == data.rstrip()
+    decoder = akashproxy.PassthroughDecoder("up", akashproxy.STREAM_ENDS[path])
+    decoder.feed(begun)
+    decoder.close()
+    assert "ended its answer early" in decoder.error.message
+
+
 @table({
     # name: (bytes, events, what the error says)
     "plain": (b"".join(FakeOpenAI.words("Hi there.")), [T("Hi there."), Finish("stop")], None),
@@ -3216,6 +3251,9 @@ def test_a_relayed_stream_is_complete_with_its_last_event(path, body, ended, fak
     "thinking parts": (FakeOpenAI.event({"content": [{"type": "thinking", "thinking": [text_part("h")]}]})
                        + FakeOpenAI.event({"content": [text_part("a")]}, "stop"), [R("h"), T("a"), Finish("stop")], None),
     "reasoning parts": (FakeOpenAI.event({"content": [{"type": "reasoning", "text": "h"}, text_part("a")]}, "stop"), [R("h"), T("a"), Finish("stop")], None),
+    "content as an object": (FakeOpenAI.event({"content": text_part("a")}) + FakeOpenAI.event({"content": {"type": "thinking", "thinking": "h"}}, "stop"), [T("a"), R("h"), Finish("stop")], None),
+    "parts with a value, strings and others": (FakeOpenAI.event({"content": [{"type": "text", "text": {"value": "a", "annotations": []}}, "b", None, 7, {"type": "reference", "reference_ids": [1]}]}, "stop"),
+                                               [T("ab"), Finish("stop")], None),
     "null as a string": (FakeOpenAI.event({"content": "a"}, "null") + FakeOpenAI.event({"content": "b"}, "stop"), [T("ab"), Finish("stop")], None),
     "null as a string, then nothing": (FakeOpenAI.event({"content": "a"}, "null"), [T("a")], EARLY),
     "an error in a choice": (b'data: {"choices":[{"delta":{"content":""},"error":{"message":"boom"},"finish_reason":"error"}]}\n\n', [], "boom"),
@@ -3264,6 +3302,21 @@ def test_the_stop_sequence_that_an_upstream_names(choice, expected, streamed, fa
     got = ask(pool(fake), "POST", "/v1/messages", {**ASKED, "stream": streamed, "stop_sequences": ["x", "##"]})
     last = named_events(got.body)[-2]["delta"] if streamed else got.json
     assert (last["stop_reason"], last["stop_sequence"]) == expected
+
+
+@table({
+    # name: (the message's fields, or a delta, the text that the client gets)
+    "OpenRouter's": ({"content": "Here:", "images": [{"type": "image_url", "index": 0, "image_url": {"url": DATA_URL}}]}, f"Here:![]({DATA_URL})"),
+    "two, without a text": ({"content": None, "images": [{"image_url": {"url": DATA_URL}}, {"image_url": "https://h/x.png"}]}, f"![]({DATA_URL})![](https://h/x.png)"),
+    "a part of its content": ({"content": [text_part("Here:"), picture("https://h/x.png")]}, "Here:![](https://h/x.png)"),
+    "odd ones": ({"content": "a", "images": [None, {}, {"image_url": None}, {"image_url": {"url": 7}}, "x"]}, "a"),
+})
+@pytest.mark.parametrize("dialect", ["completions", "messages", "responses"])
+def test_images_of_a_chat_are_markdown(message, text, dialect, streamed, fake, pool):
+    fake.sends(fake.head() + chunks(FakeOpenAI.event(message), FakeOpenAI.event({}, "stop")) if streamed else reply(body={"choices": [{"message": message, "finish_reason": "stop"}]}))
+    path, body, reader, taken_apart, _ = DIALECTS[dialect]
+    got = ask(pool((fake, {"paths": ["/none"]})), "POST", path, {**body, "model": "both", "stream": streamed})
+    assert fold(reader(taken_apart(got.body) if streamed else got.json)).text.replace("\n\n", "") == text and "data" not in (got.json or {})
 
 
 @pytest.mark.parametrize("choice, status", [({}, 200), ({"finish_reason": None}, 200), ({"finish_reason": ""}, 200), ({"finish_reason": "null"}, 200),
@@ -4898,6 +4951,8 @@ def test_messages_become_a_chat(fields, chat_fields, ignored, fake, pool):
     "a choice": ({"tools": [{"name": "f"}], "tool_choice": {"type": "most"}}, "'tool_choice' must be"),
     "no messages": ({"messages": None}, "'messages' is missing"),
     "a model that is a number": ({"model": 7}, "'model' must be"),
+    "a conversation that is stored": ({"thread": {"type": "continue", "previous_message_id": "msg_1"}}, "'thread'"),
+    "a request for a summary": ({"compaction": {"type": "summarize"}}, "'compaction'"),
 })
 def test_what_a_chat_can_not_say_is_named(fields, words, pool):
     server = pool(FakeOpenAI())
@@ -4905,6 +4960,14 @@ def test_what_a_chat_can_not_say_is_named(fields, words, pool):
     assert got.status == 400 and got.json["type"] == "error" and got.json["error"]["type"] == "invalid_request_error"
     assert words in got.json["error"]["message"]
     assert ask(server, "POST", "/v1/messages", ASKED).status == 200
+
+
+def test_anthropics_client_is_told_to_send_whole_conversations(streamed, a, b, pool):
+    sent = {**ASKED, "thread": {"type": "create"}, "stream": streamed}
+    got = ask(pool(a), "POST", "/v1/messages", sent)
+    assert got.status == 400 and got.json["error"]["details"] == {"error_code": "thread_unsupported_request"} and not a.bodies()
+    ask(pool((b, {"paths": ["*"]})), "POST", "/v1/messages", sent)
+    assert b.bodies()[-1]["thread"] == {"type": "create"}
 
 
 def test_a_message_that_is_nested_too_deeply():
@@ -5296,6 +5359,10 @@ def becomes_a_chat(server, fake, path, body, messages):
                                    [{**CALLED_T1, "content": "t", "reasoning_content": "a\n\nb"}, GOT]),
     "reasoning in a message before the call": ([assistant([thinking("hmm")]), USES, user([result()])], [{**CALLED_T1, "reasoning_content": "hmm"}, GOT]),
     "reasoning without a call": ([assistant([thinking("hmm"), text_part("t")]), user("y")], [assistant("t"), user("y")]),
+    "a summary in place of what was said": ([assistant([{"type": "compaction", "content": "S", "encrypted_content": "E"}]), user("y")], [assistant("S"), user("y")]),
+    "no summary": ([assistant([{"type": "compaction", "content": None}]), user("y")], [user("y")]),
+    "pictures in its text": ([assistant(f"a ![]({DATA_URL})![b](data:x) ![](http://c/d)"), user([text_part(f"[c](d) ![]({DATA_URL}")])],
+                             [assistant("a [An image is left out.]![b](data:x) ![](http://c/d)"), user(f"[c](d) ![]({DATA_URL}")]),
     "redacted and empty reasoning": ([{**USES, "content": [{"type": "redacted_thinking", "data": "x"}, thinking(""), *USES["content"]]}, user([result()])], [CALLED_T1, GOT]),
     "a call without a result": ([USES, user("stop")], [CALLED_T1, no_result("t1"), user("stop")]),
     "one of two": ([USES_TWICE, user([result("2", "t2")])], [CALLED_TWICE, no_result("t1"), returned("t2", "2")]),
@@ -5378,6 +5445,7 @@ DEVELOPER, SAYS = developer("B"), assistant("doing")
                                    [user("Payload:\n\ngo")]),
     "an encrypted one": ([user("x"), {"type": "agent_message", "content": [{"type": "encrypted_content", "encrypted_content": "gAAAAABx"}]}],
                          [user("x"), user("[A block of type 'encrypted_content' is left out.]")]),
+    "an encrypted summary": ([{"type": "compaction", "id": "cmp_1", "encrypted_content": "gAAAAABx"}, user("x")], [user("x")]),
     "a search on the server": ([user("x"), {"type": "web_search_call", "id": "ws_1", "action": {"type": "search"}}, user("y")], [user("x"), user("y")]),
     "a PDF in an output": ([CALL_ITEM, {**OUTPUT_ITEM, "output": [PDF_FILE]}], [C1, returned("c1", PDF_NOTE)]),
     "a PDF in the first of two messages": ([user([PDF_FILE]), system("B"), user("y")], [system("B"), user(PDF_NOTE), user("y")]),
@@ -5505,7 +5573,26 @@ def test_upstreams_with_the_clients_api_get_nothing_that_was_added(path, sent, e
     name = "input" if path.endswith("responses") else "messages"
     sent = json.loads(json.dumps(sent).replace(CARRIED, changed))
     ask(pool((fake, {"paths": ["*"]})), "POST", path, {"model": "both", "max_tokens": 9, name: sent})
+    if name == "messages" and "tool_calls" in expected[0] and changed == CARRIED:
+        expected = [{**expected[0], "reasoning_content": "hm " * 1000}, expected[1]]
     assert fake.bodies()[-1][name] == expected
+
+
+SIGNATURE = {"extra_content": {"google": {"thought_signature": "S"}}}
+@table({
+    # name: (what the IDs of two calls contain, further fields of their message, those of the call and of the message as the upstream gets them)
+    "the upstream's own ID": (({"id": "functions.f:0"}, None), {}, {"id": "functions.f:0"}, {}),
+    "fields of the call": (({**SIGNATURE, "id": "a b"}, None), {}, {**SIGNATURE, "id": "a b"}, {}),
+    "reasoning": (({"reasoning_content": "hm", **SIGNATURE}, None), {}, {"id": "c1", **SIGNATURE}, {"reasoning_content": "hm"}),
+    "reasoning that the client returns": (({"reasoning_content": "hm"}, None), {"reasoning_content": "mm"}, {"id": "c1"}, {"reasoning_content": "mm"}),
+    "details of two calls": (({"reasoning_details": [SEALED]}, {"reasoning_details": [SIGNED]}), {}, {"id": "c1"}, {"reasoning_details": [SEALED, SIGNED]}),
+})
+def test_a_conversation_begun_in_another_api_goes_on_as_a_chat(extras, fields, call_fields, message_fields, fake, pool):
+    ids = [akashproxy.id_with_extra(id, extra) for id, extra in zip(("c1", "c2"), extras)]
+    sent = {**called((ids[0], "f", "{}"), (ids[1], "f", "{}")), **fields}
+    assert chat(pool(fake), {**BOTH, "messages": [user("x"), sent, returned(ids[0], "1"), returned(ids[1], "2")]}).status == 200
+    expected = {**C1_C2, **message_fields, "tool_calls": [{**C1_C2["tool_calls"][0], **call_fields}, C1_C2["tool_calls"][1]]}
+    assert fake.bodies()[-1]["messages"] == [user("x"), expected, returned(call_fields["id"], "1"), returned("c2", "2")]
 
 
 def test_marks_are_looked_for_where_they_stand_only(fake, pool):
@@ -5523,6 +5610,9 @@ def test_an_id_that_carries_nothing_stays_as_it_is(id):
 @pytest.mark.parametrize("calls, is_accepted", [(3, True), (12, False)])
 def test_values_in_ids_are_limited_as_those_of_a_body(calls, is_accepted):
     id = akashproxy.id_with_extra("c", {"a": [[]] * 10_000})
+    chat_calls = called(*[(id, "f", "{}")] * calls)
+    with contextlib.nullcontext() if is_accepted else pytest.raises(APIError, match="IDs of tool calls contain"):
+        akashproxy.ChatCompletions({**BOTH, "messages": [chat_calls]})
     blocks = [{"type": "tool_use", "id": id, "name": "f", "input": {}}] * calls
     call = akashproxy.Messages({**ASKED, "messages": [{"role": "assistant", "content": blocks}]}).call
     assert (call.translation_error is None) == is_accepted
@@ -5605,6 +5695,7 @@ def test_equal_names_in_namespaces_stay_apart(fake, pool):
 
 @table({
     # name: (path, fields of a body, names and values that are sent, names that are not, what is ignored)
+    "no stop sequences, which OpenAI rejects": ("messages", {"stop_sequences": []}, {}, ["stop"], None),
     "a user of 64 characters": ("messages", {"metadata": {"user_id": "u" * 64}}, {"user": "u" * 64}, [], None),
     "one of 65": ("messages", {"metadata": {"user_id": "u" * 65}}, {}, ["user"], "metadata.user_id"),
     "one that is JSON": ("messages", {"metadata": {"user_id": '{"device_id":"x"}'}}, {}, ["user"], "metadata.user_id"),
@@ -10771,6 +10862,10 @@ def growths(work, head, unit, tail):
     "Relay: events": (feeding(relay_decoder), b"", chat_line({"content": "a"}), b""),
     "Relay: half an event, comments after it": (feeding(relay_decoder), b"data: {}\n", b": finish_reason\n", b""),
     "Relay: words of an end": (feeding(relay_decoder), chat_line({}), b'data: "finish_reason":"[DONE] response.\n', b""),
+    "Relay: types of an end within events": (feeding(functools.partial(akashproxy.PassthroughDecoder, "b", akashproxy.STREAM_ENDS["/v1/messages"])), b"data: 1\n",
+                                             b'data: {"a":[{"type":"message_stop"},{"type":"error"},{"type":"message_stop"}],"type":"ping"}\n', b""),
+    "Relay: types of an end within an event": (feeding(functools.partial(akashproxy.PassthroughDecoder, "b", akashproxy.STREAM_ENDS["/v1/messages"])), b'data: 1\ndata: [0',
+                                               b',{"type":"message_stop"},{"type":"error"}', b"]\n"),
     "Body: small chunks": (feeding(chunked_body), b"", b"1\r\na\r\n", b""),
     "Body: chunks with extensions": (feeding(chunked_body), b"", b"1;a\r\na\r\n", b""),
     "Body: chunks with line breaks in them": (feeding(chunked_body), b"", b"2\r\n\r\n\r\n", b""),
