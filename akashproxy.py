@@ -10650,7 +10650,9 @@ class State(enum.Enum):
     CLOSED = enum.auto()
 
 
-RESPONDING = (State.DISPATCHED, State.STREAMING)
+# Not State.IDLE: up to Python 3.11 an access to an Enum's member is a slow call.
+IDLE, READING, DISPATCHED, STREAMING, LINGERING, CLOSED = State
+RESPONDING = (DISPATCHED, STREAMING)
 
 
 class Head(NamedTuple):
@@ -10800,7 +10802,7 @@ class Connection:
         self.server, self.loop = server, server.loop
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setblocking(False)  # a client that does not read must not block the loop
-        self.state = State.IDLE
+        self.state = IDLE
         self.input = bytearray()  # received, not yet parsed
         self.output = bytearray()  # to be sent
         self.room = threading.Condition()  # guards ``output`` and CLOSED; notified by each flush()
@@ -10817,11 +10819,11 @@ class Connection:
 
     def on_ready(self) -> None:
         """Handle a readable or writable socket."""
-        if self.state is not State.CLOSED and self.output:
+        if self.state is not CLOSED and self.output:
             self.flush()
         if self.request is not None and self.state in RESPONDING:
             self._check_disconnect(self.request)
-        elif self.state is not State.CLOSED:  # else a callback of the same select() has closed it
+        elif self.state is not CLOSED:  # else a callback of the same select() has closed it
             self._receive()
 
     def _receive(self) -> None:
@@ -10831,7 +10833,7 @@ class Connection:
             return
         except OSError:
             data = b""
-        if self.state is State.LINGERING:
+        if self.state is LINGERING:
             self.linger_budget -= len(data)
             if not data or self.linger_budget <= 0:
                 self.close()
@@ -10861,8 +10863,8 @@ class Connection:
         end = find_head_end(self.input, self.scan_from) if self.input else -1
         if end < 0:
             self.scan_from = max(0, len(self.input) - 3)
-            if self.state is State.IDLE:
-                self.state = State.READING
+            if self.state is IDLE:
+                self.state = READING
                 timeout = self.server.settings.head_timeout
                 self.set_deadline(timeout, "The request's head took too long.")
             return None
@@ -10896,8 +10898,8 @@ class Connection:
             if request.head.method in BODILESS_METHODS:
                 self._discard_body(request)
                 return True  # not needed; the connection is closed after the response
-            if self.state is State.IDLE:  # else the client has just disconnected
-                self.state = State.READING
+            if self.state is IDLE:  # else the client has just disconnected
+                self.state = READING
             self.deadline = reader.deadline
             self.timeout_message = "The request's body took too long."
             return False
@@ -10920,7 +10922,7 @@ class Connection:
                 request.body_unread = True  # the start of a next request can't be determined
             self._discard_body(request)
         request.error = error
-        self.state, self.deadline = State.DISPATCHED, math.inf
+        self.state, self.deadline = DISPATCHED, math.inf
         if error is None and self.server.gate.is_health_check(request):
             request.writer.send = self.send
             self.server.serve_request(request)
@@ -10996,7 +10998,7 @@ class Connection:
         With ``last``, end_request() sends it: flush() would be a second callback for the loop.
         """
         with self.room:
-            if self.state is State.CLOSED:
+            if self.state is CLOSED:
                 raise ClientDisconnected("the client disconnected")
             first = not self.output
             self.output += data
@@ -11012,13 +11014,13 @@ class Connection:
         Raises ClientDisconnected if the connection is closed.
         """
         with self.room:
-            self.room.wait_for(lambda: self.has_room() or self.state is State.CLOSED)
-            if self.state is State.CLOSED:
+            self.room.wait_for(lambda: self.has_room() or self.state is CLOSED)
+            if self.state is CLOSED:
                 raise ClientDisconnected("the client disconnected")
 
     def flush(self) -> bool:
         """Send buffered output; True if nothing is left."""
-        if self.state is State.CLOSED:
+        if self.state is CLOSED:
             return False
         try:
             with self.room:
@@ -11042,7 +11044,7 @@ class Connection:
 
     def when_drained(self, callback: Callable[[], None]) -> None:
         """Call back once all output is sent; end the request of a disconnected client."""
-        if self.state is State.CLOSED:
+        if self.state is CLOSED:
             self.end_request()
         elif self.output:
             self.on_drained = callback
@@ -11062,7 +11064,7 @@ class Connection:
         request = self.request
         if request is None:
             return
-        if self.output and not self.flush() and self.state is not State.CLOSED:
+        if self.output and not self.flush() and self.state is not CLOSED:
             self.on_drained = self.end_request
             return
         self.request = None
@@ -11070,9 +11072,9 @@ class Connection:
             request.source.close()
         self.server.on_request_end(request)
         del request.writer  # breaks a reference cycle: its memory is free at once
-        if self.state is State.CLOSED:
+        if self.state is CLOSED:
             self.server.on_connection_closed(self)
-        elif self.state is State.LINGERING:
+        elif self.state is LINGERING:
             return
         elif request.body_unread or self.pipelined and not request.keep_alive:
             self._linger()
@@ -11082,7 +11084,7 @@ class Connection:
             self.close()
 
     def _next_request(self) -> None:
-        self.pipelined, self.state = False, State.IDLE
+        self.pipelined, self.state = False, IDLE
         self.set_deadline(self.server.settings.keepalive_timeout, "")
         if self.input:
             self._advance()
@@ -11096,7 +11098,7 @@ class Connection:
         """
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
-        self.state, self.pipelined, self.linger_budget = State.LINGERING, False, self.LINGER_BYTES
+        self.state, self.pipelined, self.linger_budget = LINGERING, False, self.LINGER_BYTES
         self.set_deadline(self.LINGER_SECONDS, "")
         self._update_events()
 
@@ -11105,9 +11107,9 @@ class Connection:
         error = APIError(503, "The server is stopping.", code="stopping")
         if self.request is not None:
             self.request.cancellation.cancel(error)
-        if self.state is State.READING:
+        if self.state is READING:
             self._dispatch(error)
-        elif self.state is State.IDLE:
+        elif self.state is IDLE:
             self.close()
 
     def disconnect(self) -> None:
@@ -11124,13 +11126,13 @@ class Connection:
 
     def close(self) -> None:
         """Close the socket. A worker's request is logged when the worker ends it."""
-        if self.state is State.CLOSED:
+        if self.state is CLOSED:
             return
-        was_reading = self.state in (State.IDLE, State.READING)
+        was_reading = self.state in (IDLE, READING)
         if self.request is not None:
             self._discard_body(self.request)
         with self.room:
-            self.state = State.CLOSED
+            self.state = CLOSED
             self.output.clear()
             self.room.notify_all()
         self.deadline, self.on_drained = math.inf, None
@@ -11150,10 +11152,10 @@ class Connection:
     def on_tick(self, now: float) -> None:
         """Enforce the deadline, detect a disconnected client, send pings."""
         request = self.request
-        if self.server.draining and self.state is State.IDLE:
+        if self.server.draining and self.state is IDLE:
             self.deadline = min(self.deadline, now + LAME_DUCK_SECONDS)
         if now >= self.deadline:
-            if self.state is State.READING and (self.input or request is not None):
+            if self.state is READING and (self.input or request is not None):
                 self._dispatch(APIError(408, self.timeout_message))
             elif self.state in RESPONDING:
                 self.disconnect()
@@ -11168,7 +11170,7 @@ class Connection:
     def _update_events(self) -> None:
         """Register the events of interest; a selector rejects an empty set."""
         events = (0 if self.pipelined else READABLE) | (WRITABLE if self.output else 0)
-        if events == self.events or self.state is State.CLOSED:
+        if events == self.events or self.state is CLOSED:
             return
         if not self.events:
             self.loop.add(self.sock, self.on_ready, self.disconnect, events)
@@ -11340,10 +11342,10 @@ class StreamRelay:
     def start(self) -> None:
         """Take over from the worker that has sent the request to the upstream."""
         self.recv_flags = self.stream.response.make_nonblocking()
-        if self.connection.state is State.CLOSED:
+        if self.connection.state is CLOSED:
             self.on_client_disconnect()
             return
-        self.connection.state, self.request.relay = State.STREAMING, self
+        self.connection.state, self.request.relay = STREAMING, self
         self.writer.send = self.connection.send
         self._add_upstream()
 
@@ -11456,7 +11458,7 @@ class StreamRelay:
         else:
             self.upstream_done = True
             self.loop.remove(self.upstream)
-            self.request.relay, self.connection.state = None, State.DISPATCHED
+            self.request.relay, self.connection.state = None, DISPATCHED
             self.writer.send = self.connection.enqueue
             task = functools.partial(self.responder.fail_over, error)
             self.connection.submit(self.request, task)
