@@ -2572,9 +2572,11 @@ class ConnectionPool(urllib.request.BaseHandler):
             if request.type == "https":  # not in connect(), where it could not be cancelled
                 request.scope.attach(sock)
                 sock.do_handshake()
-        except BaseException:
+        except BaseException as error:
             request.scope.detach()
             connection.close()
+            # Up to Python 3.10 a frame of http.client holds a proxy's reply, which stays open.
+            traceback.clear_frames(error.__traceback__)
             raise
         return sock
 
