@@ -3472,11 +3472,14 @@ class SurrogateFilter(Filter):
     two events. A half that stays alone becomes U+FFFD.
     """
 
+    SURROGATE = re.compile("[\ud800-\udfff]")
+
     def __init__(self) -> None:
         self.pending: Dict[Any, BlockEvent] = {}  # first halves, by type and index of the event
 
     def feed(self, events: List[Event]) -> List[Event]:
-        if not self.pending and not any(map(has_surrogate, events)):
+        texts = (text for text in map(text_of, events) if not text.isascii())
+        if not self.pending and not any(map(self.SURROGATE.search, texts)):
             return events
         out: List[Event] = []
         for event in events:
@@ -3504,15 +3507,6 @@ class SurrogateFilter(Filter):
         if isinstance(event, ToolCall) and event.name is not None:
             return [dataclasses.replace(event, arguments=text)]
         return [with_text(event, text)] if text else []
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def has_surrogate(event: Event) -> bool:
-    """Whether an event's text has half of a character."""
-    text = text_of(event)
-    return not text.isascii() and _SURROGATE.search(text) is not None
 
 
 class TextFilter(Filter):
@@ -3675,13 +3669,7 @@ class StopFilter(TextFilter):
         self.needed = bool(stops) or max_tokens is not None
 
     def read(self, event: Text) -> None:
-        if self.stops:
-            self._search(event.text)
-        else:
-            self.pass_on(event)
-
-    def _search(self, text: str) -> None:
-        text, self.pending = self.pending + text, ""
+        text, self.pending = self.pending + event.text, ""
         found = [
             (text.find(stop) + len(stop), -len(stop), stop) for stop in self.stops if stop in text
         ]
@@ -3692,9 +3680,10 @@ class StopFilter(TextFilter):
                 self.stopped = True
                 self.out.append(Finish("stop", stop_sequence=stop))
         else:
-            size = len(text) - max(partial_match_length(text, stop) for stop in self.stops)
-            self.pending = text[size:]
-            self.pass_on(Text(text[:size]))
+            partial = max((partial_match_length(text, stop) for stop in self.stops), default=0)
+            end = len(text) - partial
+            self.pending = text[end:]
+            self.pass_on(Text(text[:end]))
 
     def release(self) -> None:
         text, self.pending = self.pending, ""
@@ -3703,23 +3692,19 @@ class StopFilter(TextFilter):
 
     def pass_on(self, event: Event) -> None:
         """Count an event's text; beyond the limit it is cut, and the answer ends."""
+        cost = token_units(text_of(event))
         if isinstance(event, (Text, Reasoning)):
-            cost = token_units(event.text)
-            if cost > self.budget:
-                head = truncate_to(event.text, self.budget)
-                self.out += [type(event)(head)] if head else []
-            elif not cost:
-                return
-        else:
-            cost = token_units(text_of(event))
-        if cost > self.budget:
-            self.stopped, event = True, Finish("length")
+            text = event.text if cost <= self.budget else truncate_to(event.text, self.budget)
+            self.out += [type(event)(text)] if text else []
+        elif cost <= self.budget:
+            self.out.append(event)
         self.budget -= cost
-        self.out.append(event)
+        if self.budget < 0:
+            self.stopped = True
+            self.out.append(Finish("length"))
 
 
 UNITS_PER_TOKEN = 24
-COUNTED_SLICE = 1 << 16  # characters counted at a time: bounds memory, and lets other threads run
 _WIDE = re.compile("[\u2e80-\U0010ffff]+")
 
 
@@ -3731,9 +3716,9 @@ def token_units(text: str) -> int:
     """
     if text.isascii():
         return len(text) * 3
-    if len(text) > COUNTED_SLICE:
-        slices = range(0, len(text), COUNTED_SLICE)
-        return sum(token_units(text[at : at + COUNTED_SLICE]) for at in slices)
+    if len(text) > STRING_SLICE:  # bounds memory, and lets other threads run
+        slices = range(0, len(text), STRING_SLICE)
+        return sum(token_units(text[at : at + STRING_SLICE]) for at in slices)
     plain = len(text.encode("ascii", "ignore"))
     wide = len(text) - len(_WIDE.sub("", text))
     return plain * 3 + (len(text) - plain - wide) * 4 + wide * 12
