@@ -1100,6 +1100,28 @@ def setting(
 # Checks: each returns the value to use, or raises ValueError.
 
 
+def require(is_valid: Callable[[Any], Any], message: str) -> Callable[[Any], Any]:
+    """Make a check that returns a valid value as it is."""
+
+    def check(value: Any) -> Any:
+        if not is_valid(value):
+            raise ValueError(message)
+        return value
+
+    return check
+
+
+positive = require(lambda value: value > 0, "must be greater than 0")
+controller_name = require(  # which is sent in a header
+    re.compile("[A-Za-z0-9._-]{0,64}").fullmatch,
+    "only letters, digits, '.', '_' and '-' are allowed, at most 64",
+)
+header_value = require(
+    re.compile("(?! )[ -~]*(?<! )").fullmatch,
+    "only printable ASCII without leading or trailing blanks is allowed",
+)
+
+
 def listen_address(text: str) -> str:
     """Check HOST:PORT, :PORT or [V6]:PORT."""
     split_address(text)
@@ -1233,13 +1255,6 @@ def bypasses(pattern: str, host: str, port: int) -> bool:
     return pattern == "*" or is_name and f".{host}".endswith(f".{domain}")
 
 
-def header_value(text: str) -> str:
-    """Check the value of a header."""
-    if not re.fullmatch(r"[ -~]*", text) or text != text.strip():
-        raise ValueError("only printable ASCII without leading or trailing blanks is allowed")
-    return text
-
-
 def web_origin(text: str) -> str:
     """Check * or an origin, and return it as browsers send it. Raises ValueError."""
     match = re.fullmatch(r"(\*|null|[a-z][a-z0-9+.-]*://[^/\s]*)/?", text.lower())
@@ -1277,37 +1292,6 @@ def ca_bundle(path: str) -> str:
     except OSError as error:
         raise ValueError(f"{path!r} can't be used: {error.strerror or error}") from None
     return path
-
-
-def controller_name(text: str) -> str:
-    """Check a name, which is sent in a header."""
-    if not re.fullmatch(r"[A-Za-z0-9._-]{0,64}", text):
-        raise ValueError("only letters, digits, '.', '_' and '-' are allowed, at most 64")
-    return text
-
-
-def positive(value: float) -> float:
-    """Check a number that must not be 0. Raises ValueError."""
-    if not value > 0:
-        raise ValueError("must be greater than 0")
-    return value
-
-
-def one_process(value: int) -> int:
-    """Check the retired setting WORKERS. Raises ValueError unless it is 1."""
-    if value != 1:
-        raise ValueError(
-            "must be 1: to use more cores, run several processes behind one address; see "
-            '"Several processes" in the README'
-        )
-    return value
-
-
-def tools_instruction(text: str) -> str:
-    """Check an instruction for tools as text. Raises ValueError."""
-    if not ("{tools}" in text and "{call}" in text):
-        raise ValueError("must contain {tools} and {call}")
-    return text
 
 
 def one_of(*values: str) -> Callable[[str], str]:
@@ -1510,7 +1494,9 @@ class Settings(ValidatedSettings):
         "",
         "instruction for tools as text, in which {tools} and {call} stand for the functions and "
         "the form of a call; default: a built-in one",
-        tools_instruction,
+        require(
+            lambda text: "{tools}" in text and "{call}" in text, "must contain {tools} and {call}"
+        ),
     )
     akash_base_url: str = setting(
         "https://chat.akash.network", "URL of the Akash Chat server", http_url
@@ -1600,7 +1586,13 @@ class Settings(ValidatedSettings):
         one_of("comment", "chunk", "off"),
     )
     workers: int = setting(
-        1, 'always 1; to use more cores, see "Several processes" in the README', one_process
+        1,
+        'always 1; to use more cores, see "Several processes" in the README',
+        require(
+            lambda value: value == 1,
+            "must be 1: to use more cores, run several processes behind one address; see "
+            '"Several processes" in the README',
+        ),
     )
     grace: float = setting(7.0, "seconds for running requests to finish after SIGTERM")
     log_format: str = setting("text", "text or json", one_of("text", "json"))
@@ -1767,8 +1759,6 @@ class ConfigFile:
     def settings(self) -> Dict[str, Any]:
         """Values of Settings."""
         data = self.read(self.path)
-        if data is None:
-            return {}
         special = {name: data.pop(name) for name in self.SPECIAL_KEYS if name in data}
         values = self.fields(setting_fields(Settings), data, "", self.SPECIAL_KEYS)
         port = self.environ.get("PORT") or special.get("port")
@@ -1805,7 +1795,7 @@ class ConfigFile:
         if not isinstance(items, list) or not items:
             self.problem("controllers", "must be a list with at least one controller")
             return ()
-        controllers = self.build_list("controllers", items, self.controller)
+        controllers = self.build_list(ControllerSettings, "controllers", items, self.controller)
         if controllers and not any(options.weight for options in controllers):
             self.problem("controllers", "all of them are off (weight 0)")
         return controllers
@@ -1814,41 +1804,45 @@ class ConfigFile:
         if not isinstance(items, list):
             self.problem("keys", "must be a list")
             return ()
-        keys = self.build_list("keys", items, self.key)
+        keys = self.build_list(ClientKeySettings, "keys", items, self.key)
         if len({options.key for options in keys}) < len(keys):
             self.problem("keys", "two have the same key")
         return keys
 
     def build_list(
-        self, key_path: str, items: List[Any], build: Callable[[Dict[str, Any], str], Any]
+        self,
+        cls: Type[Any],
+        key_path: str,
+        items: List[Any],
+        read_values: Callable[[Dict[str, Any], str], Dict[str, Any]],
     ) -> Tuple[Any, ...]:
-        """Apply ``build(object, key path)`` to each object. Names must be unique."""
+        """Build a ``cls`` of each object without problems. Names must be unique."""
         built = []
         for at, item in enumerate(items):
-            if isinstance(item, dict):
-                built.append(build(item, f"{key_path}[{at}]"))
-            else:
-                self.problem(f"{key_path}[{at}]", "must be an object")
-        names = [options.name for options in filter(None, built) if options.name]
+            before, item_path = len(self.problems), f"{key_path}[{at}]"
+            if not isinstance(item, dict):
+                self.problem(item_path, "must be an object")
+                continue
+            values = read_values(item, item_path)
+            if len(self.problems) == before:
+                built.append(cls(**values))
+        names = [options.name for options in built if options.name]
         for name in {name for name in names if names.count(name) > 1}:
             self.problem(key_path, f"two have the name {name!r}")
-        return tuple(filter(None, built))
+        return tuple(built)
 
-    def key(self, data: Dict[str, Any], key_path: str) -> Optional[ClientKeySettings]:
-        """Build the settings of a client key; None after a problem."""
-        before = len(self.problems)
+    def key(self, data: Dict[str, Any], key_path: str) -> Dict[str, Any]:
+        """Values of ClientKeySettings."""
         values = self.fields(setting_fields(ClientKeySettings), data, key_path + ".")
         for name in ("name", "key"):
             if name not in data:
                 self.problem(f"{key_path}.{name}", "is missing")
-        return ClientKeySettings(**values) if len(self.problems) == before else None
+        return values
 
-    def controller(self, data: Dict[str, Any], key_path: str) -> Optional[ControllerSettings]:
-        """Build the settings of a controller; None after a problem."""
-        base, base_path, file = self.base_config(data, key_path)
-        if base is None:
-            return None
+    def controller(self, data: Dict[str, Any], key_path: str) -> Dict[str, Any]:
+        """Values of ControllerSettings."""
         before, known = len(self.problems), setting_fields(ControllerSettings)
+        base, base_path, file = self.base_config(data, key_path)
         values = {
             **self.fields(known, base, base_path),
             **self.fields(known, data, key_path + ".", ["config", "config_file"]),
@@ -1859,21 +1853,18 @@ class ConfigFile:
             self.problem(key_path + ".type", f"{values['type']!r} is not one of {known_types}")
         if values["type"] == "akash" and values.get("tools") == "native":
             self.problem(key_path + ".tools", "Akash Chat has no tools: use prompt or refuse")
-        if len(self.problems) > before:
-            return None
+        is_openai = values["type"] == "openai" and is_openai_server(values.get("base_url", ""))
         if values.get("api_key"):
             values["key_source"] = file if file and not data.get("api_key") else self.path
-        elif values["type"] == "openai" and is_openai_server(values.get("base_url", "")):
+        elif is_openai and len(self.problems) == before:  # an invalid base_url is left out
             values["key_source"] = "OPENAI_API_KEY"
             values["api_key"] = self.openai_key(key_path + ".api_key")
-        return ControllerSettings(**values) if len(self.problems) == before else None
+        return values
 
-    def base_config(
-        self, data: Dict[str, Any], key_path: str
-    ) -> Tuple[Optional[Dict[str, Any]], str, str]:
+    def base_config(self, data: Dict[str, Any], key_path: str) -> Tuple[Dict[str, Any], str, str]:
         """Pop ``config`` or ``config_file``, where chatgpt-apiserver has the options.
 
-        Returns the object (None after a problem), its key path, and its file ("": this one).
+        Returns the object ({} after a problem), its key path, and its file ("": this one).
         """
         inline, file = data.pop("config", None) or {}, data.pop("config_file", None)
         if isinstance(file, str) and file:
@@ -1887,8 +1878,7 @@ class ConfigFile:
             self.problem(key_path + ".config_file", "must be the name of a file")
         if not isinstance(inline, dict):
             self.problem(key_path + ".config", "must be an object")
-            inline = None
-        return inline, key_path + ".config.", ""
+        return as_dict(inline), key_path + ".config.", ""
 
     def openai_key(self, key_path: str) -> str:
         """OPENAI_API_KEY, for a controller without a key."""
@@ -1896,11 +1886,11 @@ class ConfigFile:
         if not key:
             self.problem(key_path, "is missing, and OPENAI_API_KEY is not set")
         with collecting_errors(self.problems, "OPENAI_API_KEY"):
-            return header_value(key)
-        return ""
+            header_value(key)
+        return key
 
-    def read(self, path: str, key_path: str = "") -> Optional[Dict[str, Any]]:
-        """Read a JSON object and expand its ${NAME}s; None after a problem."""
+    def read(self, path: str, key_path: str = "") -> Dict[str, Any]:
+        """Read a JSON object and expand its ${NAME}s; {} after a problem."""
         try:
             with open(path, "rb") as file:
                 data = from_json(file.read())
@@ -1915,20 +1905,18 @@ class ConfigFile:
         else:
             if isinstance(data, dict):
                 with contextlib.suppress(RecursionError):
-                    return {
-                        name: self.expand_env(item, f"{key_path}.{name}".lstrip("."))
-                        for name, item in data.items()
-                    }
+                    return as_dict(self.expand_env(data, key_path))
             message = "must be a JSON object"
         source = f"{self.path}: {key_path}" if key_path else "configuration"
         self.problems.append(f"{source}: {path}: {message}")
-        return None
+        return {}
 
     def expand_env(self, value: Any, key_path: str) -> Any:
         """Replace each ${NAME} in the strings of a JSON value by the environment variable."""
         if isinstance(value, dict):
             return {
-                name: self.expand_env(item, f"{key_path}.{name}") for name, item in value.items()
+                name: self.expand_env(item, f"{key_path}.{name}".lstrip("."))
+                for name, item in value.items()
             }
         if isinstance(value, list):
             return [self.expand_env(item, f"{key_path}[{at}]") for at, item in enumerate(value)]
