@@ -11307,67 +11307,56 @@ class KeyLimiter:
         }
 
 
-# {name: (type, help, labels)}. Label values come from ROUTES, the settings and the upstreams' model
-# lists, never from requests: clients could otherwise create any number of series.
+# {name: (help, label, ...)}; a counter's name ends in "_total", and no other one. Label values come
+# from ROUTES, the settings and the upstreams' model lists, never from requests: clients could
+# otherwise create any number of series.
 # fmt: off
-METRICS: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
-    "akashproxy_requests_total": (
-        "counter", "Completed requests.", ("route", "status", "controller")),
-    "akashproxy_requests_in_flight": ("gauge", "Model calls and images in progress.", ()),
-    "akashproxy_requests_waiting": ("gauge", "Model calls queued for a controller.", ()),
+METRICS: Dict[str, Tuple[str, ...]] = {
+    "akashproxy_requests_total": ("Completed requests.", "route", "status", "controller"),
+    "akashproxy_requests_in_flight": ("Model calls and images in progress.",),
+    "akashproxy_requests_waiting": ("Model calls queued for a controller.",),
     "akashproxy_request_duration_seconds": (
-        "histogram", "Time from the first byte of a model call to the end of its response.",
-        ("controller",)),
+        "Time from the first byte of a model call to the end of its response.", "controller"),
     "akashproxy_time_to_first_token_seconds": (
-        "histogram", "Time from the first byte of a model call to the first event of its stream.",
-        ("controller",)),
+        "Time from the first byte of a model call to the first event of its stream.", "controller"),
     "akashproxy_time_per_output_token_seconds": (
-        "histogram", "Time of a stream after its first event, per further token.", ("controller",)),
+        "Time of a stream after its first event, per further token.", "controller"),
     "akashproxy_streams_broken_off_total": (
-        "counter", "Responses that failed after they had begun.", ("controller",)),
-    "akashproxy_prompt_tokens_total": (
-        "counter", "Prompt tokens, where upstreams report them.", ("controller",)),
+        "Responses that failed after they had begun.", "controller"),
+    "akashproxy_prompt_tokens_total": ("Prompt tokens, where upstreams report them.", "controller"),
     "akashproxy_completion_tokens_total": (
-        "counter", "Completion tokens, where upstreams report them.", ("controller",)),
+        "Completion tokens, where upstreams report them.", "controller"),
     "akashproxy_estimated_prompt_tokens_total": (
-        "counter", "Prompt tokens, estimated where upstreams report none.", ("controller",)),
+        "Prompt tokens, estimated where upstreams report none.", "controller"),
     "akashproxy_estimated_completion_tokens_total": (
-        "counter", "Completion tokens, estimated where upstreams report none.", ("controller",)),
+        "Completion tokens, estimated where upstreams report none.", "controller"),
     "akashproxy_model_requests_total": (
-        "counter", "Completed model calls, by a model that upstreams list.", ("model",)),
-    "akashproxy_model_tokens_total": (
-        "counter", "Tokens, by a model that upstreams list.", ("model", "type")),
+        "Completed model calls, by a model that upstreams list.", "model"),
+    "akashproxy_model_tokens_total": ("Tokens, by a model that upstreams list.", "model", "type"),
     "akashproxy_model_estimated_tokens_total": (
-        "counter", "Estimated tokens, by a model that upstreams list.", ("model", "type")),
-    "akashproxy_upstream_requests_total": (
-        "counter", "Attempts, by their outcome.", ("controller", "outcome")),
-    "akashproxy_failovers_total": ("counter", "Failovers to another controller.", ()),
-    "akashproxy_controller_rests_total": (
-        "counter", "Cool-downs of a controller.", ("controller",)),
-    "akashproxy_controller_resting": (
-        "gauge", "1 while a controller is cooling down.", ("controller",)),
+        "Estimated tokens, by a model that upstreams list.", "model", "type"),
+    "akashproxy_upstream_requests_total": ("Attempts, by their outcome.", "controller", "outcome"),
+    "akashproxy_failovers_total": ("Failovers to another controller.",),
+    "akashproxy_controller_rests_total": ("Cool-downs of a controller.", "controller"),
+    "akashproxy_controller_resting": ("1 while a controller is cooling down.", "controller"),
     "akashproxy_controller_rest_seconds": (
-        "gauge", "Time until a controller's cool-down ends.", ("controller",)),
-    "akashproxy_session_renewals_total": (
-        "counter", "Sessions obtained from Akash Chat.", ("controller",)),
+        "Time until a controller's cool-down ends.", "controller"),
+    "akashproxy_session_renewals_total": ("Sessions obtained from Akash Chat.", "controller"),
     "akashproxy_login_active": (
-        "gauge", "1 if the login in a controller's cookie is valid, 0 if it has ended.",
-        ("controller",)),
-    "akashproxy_key_requests_total": ("counter", "Model calls of a key.", ("key",)),
-    "akashproxy_key_refused_total": (
-        "counter", "Model calls rejected by the limits of a key.", ("key",)),
-    "akashproxy_key_in_flight": ("gauge", "Model calls of a key in progress.", ("key",)),
-    "akashproxy_key_tokens_total": ("counter", "Tokens used by a key.", ("key", "type")),
-    "akashproxy_key_estimated_tokens_total": (
-        "counter", "Estimated tokens used by a key.", ("key", "type")),
-    "akashproxy_sent_bytes_total": ("counter", "Bytes sent in response bodies.", ()),
-    "akashproxy_open_connections": ("gauge", "Open client connections.", ()),
-    "akashproxy_build_info": ("gauge", "Always 1.", ("version", "python")),
-    "process_cpu_seconds_total": ("counter", "CPU time, user and system.", ()),
-    "process_start_time_seconds": ("gauge", "Start time, in seconds since 1970.", ()),
-    "process_resident_memory_bytes": ("gauge", "Memory in use (Linux).", ()),
-    "process_open_fds": ("gauge", "Open file descriptors (Linux).", ()),
-    "process_max_fds": ("gauge", "Limit of open file descriptors.", ()),
+        "1 if the login in a controller's cookie is valid, 0 if it has ended.", "controller"),
+    "akashproxy_key_requests_total": ("Model calls of a key.", "key"),
+    "akashproxy_key_refused_total": ("Model calls rejected by the limits of a key.", "key"),
+    "akashproxy_key_in_flight": ("Model calls of a key in progress.", "key"),
+    "akashproxy_key_tokens_total": ("Tokens used by a key.", "key", "type"),
+    "akashproxy_key_estimated_tokens_total": ("Estimated tokens used by a key.", "key", "type"),
+    "akashproxy_sent_bytes_total": ("Bytes sent in response bodies.",),
+    "akashproxy_open_connections": ("Open client connections.",),
+    "akashproxy_build_info": ("Always 1.", "version", "python"),
+    "process_cpu_seconds_total": ("CPU time, user and system.",),
+    "process_start_time_seconds": ("Start time, in seconds since 1970.",),
+    "process_resident_memory_bytes": ("Memory in use (Linux).",),
+    "process_open_fds": ("Open file descriptors (Linux).",),
+    "process_max_fds": ("Limit of open file descriptors.",),
 }
 # fmt: on
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
@@ -11387,8 +11376,8 @@ class Metrics:
     def __init__(self, server: "Server") -> None:
         self.server, self.started_at, self.lock = server, time.time(), threading.Lock()
         self.counts: Dict[Tuple[Any, ...], float] = defaultdict(int)  # {(name, label, ...): number}
-        for name, (kind, _, labels) in METRICS.items():
-            if kind == "counter" and not labels:  # from the start, as rate() needs a first value
+        for name, (_, *labels) in METRICS.items():
+            if name.endswith("_total") and not labels:  # rate() needs a first value
                 self.counts[name,] = 0
         self.models: Set[str] = set()  # those with series of their own
 
@@ -11497,17 +11486,16 @@ def prometheus_text(metrics: Dict[Tuple[Any, ...], float]) -> bytes:
     for (name, *labels), value in metrics.items():
         series[name][tuple(map(str, labels))] = value
     lines = []
-    for name, (kind, help, names) in METRICS.items():
-        lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
-        if kind != "histogram":
-            lines += [
-                sample(name, zip(names, key), value) for key, value in sorted(series[name].items())
-            ]
+    for name, (help, *names) in METRICS.items():
+        other_type = "counter" if name.endswith("_total") else "gauge"
+        metric_type = "histogram" if name in BUCKETS else other_type
+        lines += [f"# HELP {name} {help}", f"# TYPE {name} {metric_type}"]
+        samples = sorted(series[name].items())
+        if name not in BUCKETS:
+            lines += [sample(name, zip(names, key), value) for key, value in samples]
             continue
-        histograms: Dict[Tuple[str, ...], Dict[str, float]] = {}
-        for key, value in sorted(series[name].items()):
-            histograms.setdefault(key[:-1], {})[key[-1]] = value
-        for key, buckets in histograms.items():
+        for key, group in itertools.groupby(samples, key=lambda item: item[0][:-1]):
+            buckets = {bucket: value for (*_, bucket), value in group}
             lines += histogram_lines(name, list(zip(names, key)), buckets)
     return "\n".join([*lines, ""]).encode()
 

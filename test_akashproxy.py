@@ -8576,8 +8576,9 @@ def test_prometheus_reads_the_metrics(pool):
     wait_for(lambda: samples(server).get(("akashproxy_request_duration_seconds_count", "a")) == 2)
     families = {family.name: family for family in parser.text_string_to_metric_families(ask(server, path="/metrics").body.decode())}
     assert set(families) == {name[:-6] if name.endswith("_total") else name for name in akashproxy.METRICS}
-    for name, (kind, help, labels) in akashproxy.METRICS.items():
+    for name, (help, *labels) in akashproxy.METRICS.items():
         family = families[name[:-6] if name.endswith("_total") else name]
+        kind = "histogram" if name in akashproxy.BUCKETS else "counter" if name.endswith("_total") else "gauge"
         assert (family.type, family.documentation) == (kind, help)
         assert all(set(each.labels) - {"le"} == set(labels) for each in family.samples)
     buckets = [each.value for each in families["akashproxy_request_duration_seconds"].samples if each.name.endswith("_bucket")]
@@ -8586,7 +8587,7 @@ def test_prometheus_reads_the_metrics(pool):
 
 def test_every_series_is_in_the_readme():
     found = [(name, labels) for first, labels, *_ in table_rows("Metrics") for name in re.findall("`(.*?)`", first)]
-    assert sorted(found) == sorted((name, ", ".join(labels)) for name, (_, _, labels) in akashproxy.METRICS.items())
+    assert sorted(found) == sorted((name, ", ".join(labels)) for name, (_, *labels) in akashproxy.METRICS.items())
     assert set(re.findall(r"(?:akashproxy|process)_\w+?(?=_bucket|\b)", " ".join(ALARMS.values()))) <= set(akashproxy.METRICS)
 
 
