@@ -5355,7 +5355,7 @@ class AkashLogin:
 
     PATH = "/api/auth/me/"
     INTERVAL, RETRY = 4 * 3600.0, 300.0  # seconds until it is renewed, and after a failure
-    COOKIE = re.compile(r"(appSession(?:\.[0-9]{1,2})?)=([^;,\s\"\\]+)")
+    COOKIE = re.compile(r"appSession(?:\.[0-9]{1,2})?=[^;,\s\"\\]+")
 
     def __init__(
         self, transport: Transport, cookie: str, name: str, clock: Callable[[], float]
@@ -5591,13 +5591,6 @@ def stop_sequences(body: Dict[str, Any]) -> List[str]:
     return [stop for stop in stops if stop]
 
 
-AKASH_FINISH_REASONS = {
-    "stop": "stop",
-    "length": "length",
-    "content-filter": "content_filter",
-    "tool-calls": "tool_calls",
-}
-
 # Status and code for an error message by the first pattern it contains. If LiteLLM's exception
 # name is in the message, its status takes precedence.
 # fmt: off
@@ -5639,11 +5632,8 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
     message = _akash_reason(text, secrets)
     if status in (401, 402, 403):  # a key of the backend: concerns the model, not our session
         error = auth_error(message, status)
-        error.category, error.cooldown_scope, error.upstream_status = (
-            Category.REFUSED,
-            "model",
-            None,
-        )
+        error.category, error.cooldown_scope = Category.REFUSED, "model"
+        error.upstream_status = None
         return error
     wait = retry_after_seconds({}, {}, message=text)
     is_limit = status == 429 or status >= 500 and wait is not None
@@ -5732,6 +5722,7 @@ class AkashDecoder(Decoder):
     LINE_LIMIT = 8 << 20  # bytes
     has_fast_path = True
     REASONING_PART = "<think>\n", "\n</think>\n\n"
+    FINISH_REASONS = ("stop", "length", "content-filter", "tool-calls")  # OpenAI's have "_"
     # types of SDK 5 for the codes of SDK 4
     TYPES = {b"g": "reasoning-delta", b"9": "tool-input-available", b"3": "error", b"d": "finish"}
 
@@ -5849,9 +5840,9 @@ class AkashDecoder(Decoder):
     def _finish(self, event: Dict[str, Any], out: List[Event]) -> None:
         reason, metadata = event.get("finishReason"), as_dict(event.get("messageMetadata"))
         usage = metadata.get("totalUsage") or metadata.get("usage") or event.get("usage")
-        if isinstance(reason, str) and reason in AKASH_FINISH_REASONS:
+        if reason in self.FINISH_REASONS:
             self.complete = True
-            out.append(Finish(AKASH_FINISH_REASONS[reason], _akash_usage(usage)))
+            out.append(Finish(reason.replace("-", "_"), _akash_usage(usage)))
         elif reason == "error":
             self._fail("Akash Chat failed in the middle of its answer.")
         else:
@@ -5948,14 +5939,12 @@ class ImageBatch:
         self.key = key  # of the request: its client, path and body
         self.jobs: List[Tuple[str, str]] = []  # (job ID, prompt)
         self.lock = threading.Lock()  # held while a job is being started
-        self.cancellation = Cancellation()  # of the request
-        self.joined = False  # it has, or had, a request
-        self.ended = False  # the request, without its images
+        self.cancellation: Optional[Cancellation] = None  # of the request, until it has ended
         self.expires_at = math.inf
 
     def may_be_joined(self, now: float) -> bool:
         """Whether its request has ended, or is about to, not too long ago."""
-        ended = self.ended or self.cancellation.reason is not None
+        ended = self.cancellation is None or self.cancellation.reason is not None
         return ended and now < self.expires_at
 
 
@@ -5985,7 +5974,7 @@ class AkashImages:
         """Make the batch that the call repeats, or a new one, the call's own."""
         with self.lock:
             batch = self.find(call)
-            batch.cancellation, batch.joined, batch.ended = call.cancellation, True, False
+            batch.cancellation = call.cancellation
             batch.expires_at = self.clock() + self.KEPT_SECONDS
             self.batches[batch] = None
             self.batches.move_to_end(batch)
@@ -5999,8 +5988,7 @@ class AkashImages:
             if not may_be_repeated:
                 self.batches.pop(batch, None)
             elif batch.cancellation is call.cancellation:  # no repeat has joined it yet
-                # the reason of a cancellation would keep the request and its body in memory
-                batch.ended, batch.cancellation = True, Cancellation()
+                batch.cancellation = None  # whose reason would keep the request in memory
 
     def events(self, call: Call, data: bytes) -> Iterator[Event]:
         """Start a job for each image, then poll them; text instead of a job is passed on."""
@@ -6160,15 +6148,13 @@ class AkashController(Controller):
             call.prepared_requests[self.name] = self._prepare(call)
         except APIError as error:
             return error
-        if self._is_image(call) and self.images.find(call).joined:
+        if self._is_image(call) and self.images.find(call) in self.images.batches:
             call.preferred = self.name
         return None
 
     def _is_image(self, call: Call) -> bool:
-        return call.image_count > 0 or self.IMAGE_MODEL in (
-            call.model,
-            self.upstream_model(call.model),
-        )
+        names = call.model, self.upstream_model(call.model)
+        return call.image_count > 0 or self.IMAGE_MODEL in names
 
     def events(self, call: Call) -> Iterable[Event]:
         body, stop_filter, call.attempt.ignored_params = call.prepared_requests[self.name]
@@ -6459,12 +6445,10 @@ def no_models() -> APIError:
 
 
 def akash_models(listing: Any) -> Dict[str, Dict[str, Any]]:
-    """Return the entries of any akash-chat version's model list by ID.
+    """Return the models in any akash-chat version's list, by ID.
 
-    Empty if it is malformed.
-
-    Lists are arrays, or objects with ``models``. Where b58259a has a database, an entry's ``id``
-    may be the database's key and ``model_id`` the model.
+    Lists are arrays, or objects with ``models``; others count as empty. Where b58259a has a
+    database, an entry's ``id`` may be the database's key and ``model_id`` the model.
     """
     if isinstance(listing, dict):
         listing = listing.get("models") or listing.get("data")
@@ -13966,10 +13950,9 @@ def print_settings(settings: Settings) -> None:
     for name, value in settings.redacted_items():
         print_text(f"{name.upper()}={value}")
     for controller in settings.pool():
-        source = f" ({controller.key_source})" if controller.key_source else ""
-        proxy = f" ({controller.proxy_source})" if controller.proxy_source else ""
-        cookie = " (AKASH_COOKIE)" if controller.cookie == settings.akash_cookie != "" else ""
-        sources = {"api_key": source, "proxy": proxy, "cookie": cookie}
+        sources = {"api_key": controller.key_source, "proxy": controller.proxy_source}
+        if controller.cookie == settings.akash_cookie:
+            sources["cookie"] = "AKASH_COOKIE"
         print_section(controller.name, controller, sources)
     for key in settings.keys:
         print_section(f"key {key.name}", key, {})
@@ -13988,14 +13971,12 @@ def ask_controllers(settings: Settings) -> int:
     return 0 if all_right else 1
 
 
-def print_section(title: str, options: Any, suffixes: Dict[str, str]) -> None:
-    """Print the non-empty settings of a controller or key."""
-    lines = [
-        f"{name}={value}{suffixes.get(name, '')}"
-        for name, value in options.redacted_items()
-        if value and name != "name"
-    ]
-    print_text("\n".join([f"\n[{title}]", *lines]))
+def print_section(title: str, options: Any, sources: Dict[str, str]) -> None:
+    """Print the non-empty settings of a controller or key, some with their source."""
+    print_text(f"\n[{title}]")
+    for name, value in options.redacted_items():
+        if value and name != "name":
+            print_text(f"{name}={value}" + (f" ({sources[name]})" if sources.get(name) else ""))
 
 
 def container_flags() -> List[str]:
@@ -14028,7 +14009,7 @@ def check_health(settings: Settings) -> int:
         connection.close()
 
 
-def start(server: Server, load: Callable[[], Settings], demo: bool = False) -> int:
+def start(server: Server, load: Callable[[], Settings], demo: bool) -> int:
     """Start a server, print its URLs and serve until a signal; the exit status."""
     raise_fd_limit()
     with contextlib.suppress(AttributeError):  # PyPy has another collector
@@ -14040,7 +14021,7 @@ def start(server: Server, load: Callable[[], Settings], demo: bool = False) -> i
             "set BEARER_TOKEN",
             " or ".join(reachable_urls(server)),
         )
-    signals = Signals(signal.SIGINT, signal.SIGTERM, SIGHUP)
+    signals = Signals()
     pool = f"{server.pool}, simulated without a network," if demo else server.pool
     lines = [f"akashproxy {__version__} serves {pool} on {server.url}/v1"]
     if server.server_name in WILDCARDS:
@@ -14078,12 +14059,13 @@ def raise_fd_limit() -> None:
 
 
 SIGHUP = getattr(signal, "SIGHUP", 0)  # 0: not available (Windows)
+SIGNALS = {signal.SIGINT, signal.SIGTERM, SIGHUP} - {0}
 
 
 def set_signal_mask(action: str) -> None:
     """Block or unblock our signals: none may be lost or fatal during start-up."""
     if SIGHUP:
-        signal.pthread_sigmask(getattr(signal, action), {signal.SIGINT, signal.SIGTERM, SIGHUP})
+        signal.pthread_sigmask(getattr(signal, action), SIGNALS)
 
 
 class Signals:
@@ -14092,10 +14074,10 @@ class Signals:
     A second SIGINT or SIGTERM ends the process at once.
     """
 
-    def __init__(self, *numbers: int) -> None:
+    def __init__(self) -> None:
         self.received: SimpleQueue[int] = SimpleQueue()
         self.stops = 0  # SIGINT and SIGTERM received
-        for number in filter(None, numbers):
+        for number in SIGNALS:
             signal.signal(number, self.on_signal)
         set_signal_mask("SIG_UNBLOCK")
 
@@ -14110,41 +14092,36 @@ class Signals:
                 os._exit(0)
         self.received.put(number)
 
-    def next(self, seconds: float = 1.0) -> Optional[int]:
-        """Return the next signal, or None after a timeout.
+    def wait(self) -> int:
+        """Wait for a signal.
 
         The timeout bounds this race: a signal arrives; the main thread begins to wait before its
         handler has run, and is not interrupted.
         """
-        with contextlib.suppress(Empty):
-            return self.received.get(timeout=seconds)
-        return None
+        while True:
+            with contextlib.suppress(Empty):
+                return self.received.get(timeout=1.0)
 
 
 def serve(server: Server, load: Callable[[], Settings], signals: Signals) -> int:
     """Serve until SIGINT or SIGTERM; SIGHUP reloads the settings. The exit status."""
-    while True:
-        number = signals.next()
-        if number == SIGHUP:
-            reload(server, load)
-        elif number is not None:
-            running = server.running_calls()
-            if running:
-                grace = server.settings.grace
-                log.info("stopping: %d running requests have %g seconds to end", running, grace)
-            server.stop()
-            return 0
+    while signals.wait() == SIGHUP:
+        reload(server, load)
+    running = server.running_calls()
+    if running:
+        grace = server.settings.grace
+        log.info("stopping: %d running requests have %g seconds to end", running, grace)
+    server.stop()
+    return 0
 
 
-def reload(server: Server, load: Callable[[], Settings]) -> bool:
-    """Reload the settings; False, and the old ones stay, if they are invalid."""
+def reload(server: Server, load: Callable[[], Settings]) -> None:
+    """Reload the settings; the old ones stay if they are invalid."""
     try:
         server.reload(load())
         log.warning("the settings were reloaded")
-        return True
     except Exception as error:
         log.error("the settings stay as they were: %s", error)
-        return False
 
 
 if __name__ == "__main__":

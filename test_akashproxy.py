@@ -1881,10 +1881,10 @@ def test_image_jobs_are_kept_for_a_while_and_not_without_end():
         return call
 
     for number in range(1500):
-        batches.join(call_of(number)).ended = True
-    assert len(batches.batches) == 1000 and not batches.find(call_of(0)).joined and batches.find(call_of(1499)).joined
+        batches.join(call_of(number)).cancellation = None
+    assert len(batches.batches) == 1000 and batches.find(call_of(0)) not in batches.batches and batches.find(call_of(1499)) in batches.batches
     clock.now += 601
-    assert not batches.find(call_of(1499)).joined
+    assert batches.find(call_of(1499)) not in batches.batches
 
 
 # == controllers: Akash's failures ============================================================
