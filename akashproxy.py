@@ -1364,9 +1364,7 @@ class ControllerSettings(ValidatedSettings):
     weight: float = setting(1.0, "share of requests, relative to the other weights; 0: off")
     priority: int = setting(1, "failover group: 2 is used only while none of group 1 is available")
     base_url: str = setting(
-        "",
-        "the upstream's URL; default: https://api.openai.com/v1, or AKASH_BASE_URL",
-        http_url,
+        "", "the upstream's URL; default: https://api.openai.com/v1, or AKASH_BASE_URL", http_url
     )
     api_key: str = setting(
         "",
@@ -1382,10 +1380,7 @@ class ControllerSettings(ValidatedSettings):
         secret=True,
     )
     proxy: str = setting(
-        "",
-        "proxy to the upstream; default: PROXY",
-        proxy_url,
-        secret=without_password,
+        "", "proxy to the upstream; default: PROXY", proxy_url, secret=without_password
     )
     headers: Dict[str, str] = setting(
         {}, "additional request headers", additional_headers, secret=True
@@ -1765,7 +1760,7 @@ class ConfigFile:
         if port is None and self.is_chatgpt_apiserver(special.get("controllers")):
             port = 8080  # chatgpt-apiserver's default
         if port is not None and "server_address" not in values:
-            with self.collecting_errors("port"):
+            with collecting_errors(self.problems, f"{self.path}: port"):
                 values["server_address"] = listen_address(f":{port}")
         if special.get("pool") is not None:
             values.update(self.pool_type(special["pool"]))
@@ -1857,8 +1852,11 @@ class ConfigFile:
         if values.get("api_key"):
             values["key_source"] = file if file and not data.get("api_key") else self.path
         elif is_openai and len(self.problems) == before:  # an invalid base_url is left out
-            values["key_source"] = "OPENAI_API_KEY"
-            values["api_key"] = self.openai_key(key_path + ".api_key")
+            key = self.environ.get("OPENAI_API_KEY", "")
+            if not key:
+                self.problem(key_path + ".api_key", "is missing, and OPENAI_API_KEY is not set")
+            with collecting_errors(self.problems, "OPENAI_API_KEY"):
+                values["api_key"], values["key_source"] = header_value(key), "OPENAI_API_KEY"
         return values
 
     def base_config(self, data: Dict[str, Any], key_path: str) -> Tuple[Dict[str, Any], str, str]:
@@ -1879,15 +1877,6 @@ class ConfigFile:
         if not isinstance(inline, dict):
             self.problem(key_path + ".config", "must be an object")
         return as_dict(inline), key_path + ".config.", ""
-
-    def openai_key(self, key_path: str) -> str:
-        """OPENAI_API_KEY, for a controller without a key."""
-        key = self.environ.get("OPENAI_API_KEY", "")
-        if not key:
-            self.problem(key_path, "is missing, and OPENAI_API_KEY is not set")
-        with collecting_errors(self.problems, "OPENAI_API_KEY"):
-            header_value(key)
-        return key
 
     def read(self, path: str, key_path: str = "") -> Dict[str, Any]:
         """Read a JSON object and expand its ${NAME}s; {} after a problem."""
@@ -1942,7 +1931,7 @@ class ConfigFile:
         values = {}
         for name, value in data.items():
             if name in known:
-                with self.collecting_errors(prefix + name):
+                with collecting_errors(self.problems, f"{self.path}: {prefix}{name}"):
                     values[name] = validate(known[name], from_json_value(known[name], value))
             else:
                 near = similar_to(name, [*known, *others])
@@ -1952,9 +1941,6 @@ class ConfigFile:
 
     def problem(self, key_path: str, message: str) -> None:
         self.problems.append(f"{self.path}: {key_path}: {message}")
-
-    def collecting_errors(self, key_path: str) -> contextlib.AbstractContextManager[None]:
-        return collecting_errors(self.problems, f"{self.path}: {key_path}")
 
 
 @contextlib.contextmanager
@@ -3657,6 +3643,9 @@ class StopFilter(TextFilter):
         self.needed = bool(stops) or max_tokens is not None
 
     def read(self, event: Text) -> None:
+        if not self.stops:
+            self.pass_on(event)
+            return
         text, self.pending = self.pending + event.text, ""
         found = [
             (text.find(stop) + len(stop), -len(stop), stop) for stop in self.stops if stop in text
@@ -3668,8 +3657,7 @@ class StopFilter(TextFilter):
                 self.stopped = True
                 self.out.append(Finish("stop", stop_sequence=stop))
         else:
-            partial = max((partial_match_length(text, stop) for stop in self.stops), default=0)
-            end = len(text) - partial
+            end = len(text) - max(partial_match_length(text, stop) for stop in self.stops)
             self.pending = text[end:]
             self.pass_on(Text(text[:end]))
 
@@ -3681,15 +3669,14 @@ class StopFilter(TextFilter):
     def pass_on(self, event: Event) -> None:
         """Count an event's text; beyond the limit it is cut, and the answer ends."""
         cost = token_units(text_of(event))
-        if isinstance(event, (Text, Reasoning)):
-            text = event.text if cost <= self.budget else truncate_to(event.text, self.budget)
-            self.out += [type(event)(text)] if text else []
-        elif cost <= self.budget:
-            self.out.append(event)
-        self.budget -= cost
-        if self.budget < 0:
+        if cost > self.budget:
             self.stopped = True
+            if isinstance(event, (Text, Reasoning)):
+                self.pass_on(type(event)(truncate_to(event.text, self.budget)))
             self.out.append(Finish("length"))
+        elif cost or not isinstance(event, (Text, Reasoning)):
+            self.budget -= cost
+            self.out.append(event)
 
 
 UNITS_PER_TOKEN = 24
@@ -5629,7 +5616,9 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
         error = image_failed("Akash Chat could not generate the image, or does not offer AkashGen.")
         error.legacy_message = "Error Model."
         return error
-    message = _akash_reason(text, secrets)
+    reason, message = first_line(text, secrets), "Akash Chat failed without giving a reason."
+    if reason not in ("", "[object Object]", "An error occurred."):  # the AI SDK's placeholders
+        message = f"Akash Chat: {reason}"
     if status in (401, 402, 403):  # a key of the backend: concerns the model, not our session
         error = auth_error(message, status)
         error.category, error.cooldown_scope = Category.REFUSED, "model"
@@ -5645,14 +5634,6 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
         cooldown_scope="model" if is_limit else "controller",
         retry_after=wait if is_limit else None,
     )
-
-
-def _akash_reason(text: str, secrets: Iterable[str]) -> str:
-    """Return an error message as a sentence for clients."""
-    reason = first_line(text, secrets)
-    if reason in ("", "[object Object]", "An error occurred."):  # the AI SDK's placeholders
-        return "Akash Chat failed without giving a reason."
-    return f"Akash Chat: {reason}"
 
 
 def first_line(message: str, secrets: Iterable[str]) -> str:
@@ -5942,11 +5923,6 @@ class ImageBatch:
         self.cancellation: Optional[Cancellation] = None  # of the request, until it has ended
         self.expires_at = math.inf
 
-    def may_be_joined(self, now: float) -> bool:
-        """Whether its request has ended, or is about to, not too long ago."""
-        ended = self.cancellation is None or self.cancellation.reason is not None
-        return ended and now < self.expires_at
-
 
 class AkashImages:
     """Generates images: starts and polls jobs, fetches results. Worker thread.
@@ -5966,9 +5942,12 @@ class AkashImages:
         """Return the batch that the call repeats, or a new one."""
         key = call.client, call.original.path, _sha256(call.original.raw_body)
         with self.lock:
-            now, batches = self.clock(), self.batches
-            repeated = (batch for batch in batches if batch.key == key and batch.may_be_joined(now))
-            return next(repeated, None) or ImageBatch(key)
+            now = self.clock()
+            for batch in self.batches:
+                has_ended = batch.cancellation is None or batch.cancellation.reason  # or soon will
+                if batch.key == key and has_ended and now < batch.expires_at:
+                    return batch
+            return ImageBatch(key)
 
     def join(self, call: Call) -> ImageBatch:
         """Make the batch that the call repeats, or a new one, the call's own."""
@@ -13351,12 +13330,10 @@ function enlarge({src, alt}) {
     make("a.button", "Save", save), button("Close", () => ui.viewer.close())));
   ui.viewer.showModal();
 }
-function copying(text) {
-  const done = () => { made.textContent = "Copied"; };
-  const copy = () => navigator.clipboard.writeText(text).then(done);
-  const made = button("Copy", copy, {hidden: !navigator.clipboard});    // plain HTTP has none
-  return made;
-}
+const copying = (text) => button("Copy", async ({target}) => {
+  await navigator.clipboard.writeText(text);
+  target.textContent = "Copied";
+}, {hidden: !navigator.clipboard});     // plain HTTP has none
 const listing = (text, name) => make("figure",
   make("figcaption", make("span", name), copying(text)),
   make("pre", make("code", text, {dir: "ltr"}), {tabIndex: 0}));
