@@ -3490,6 +3490,8 @@ class TextFilter(Filter):
     back, in finish() the last ones, in pass_on() others.
     """
 
+    pending = ""  # text held back
+
     def feed(self, events: List[Event]) -> List[Event]:
         self.out: List[Event] = []
         for event in events:
@@ -3514,7 +3516,9 @@ class TextFilter(Filter):
         raise NotImplementedError
 
     def release(self) -> None:
-        raise NotImplementedError
+        text, self.pending = self.pending, ""
+        if text:
+            self.out.append(Text(text))
 
     def finish(self, finish: Finish) -> None:
         self.release()
@@ -3638,7 +3642,7 @@ class StopFilter(TextFilter):
     """
 
     def __init__(self, stops: List[str], max_tokens: Optional[int]) -> None:
-        self.stops, self.pending = stops, ""  # the latter is possibly the start of a stop sequence
+        self.stops = stops
         self.budget = math.inf if max_tokens is None else UNITS_PER_TOKEN * max_tokens
         self.needed = bool(stops) or max_tokens is not None
 
@@ -3660,11 +3664,6 @@ class StopFilter(TextFilter):
             end = len(text) - max(partial_match_length(text, stop) for stop in self.stops)
             self.pending = text[end:]
             self.pass_on(Text(text[:end]))
-
-    def release(self) -> None:
-        text, self.pending = self.pending, ""
-        if text:
-            self.out.append(Text(text))
 
     def pass_on(self, event: Event) -> None:
         """Count an event's text; beyond the limit it is cut, and the answer ends."""
@@ -11353,8 +11352,7 @@ class Metrics:
             counts["akashproxy_sent_bytes_total",] += writer.bytes_sent
             if call is None:
                 return
-            if len(record.route) > 1:
-                counts["akashproxy_failovers_total",] += len(record.route) - 1
+            counts["akashproxy_failovers_total",] += max(0, len(record.route) - 1)
             if record.broken_off:
                 counts["akashproxy_streams_broken_off_total", controller] += 1
             model = self.model_label(call.model)
@@ -11407,13 +11405,13 @@ class Metrics:
 
     def snapshot(self) -> Dict[Tuple[Any, ...], float]:
         """Return all metrics: {(name, label, ...): number}."""
-        server, connections = self.server, self.server.connections.copy()
+        server = self.server
         server.pool.refresh_models_async()  # for the labels
         with self.lock:
             metrics = dict(self.counts)
         metrics["akashproxy_requests_in_flight",] = server.running_calls()
         metrics["akashproxy_requests_waiting",] = len(server.pool.queue)
-        metrics["akashproxy_open_connections",] = len(connections)
+        metrics["akashproxy_open_connections",] = len(server.connections)
         for upstream in server.pool.upstreams:
             for (name, *labels), value in upstream.metrics(server.pool.clock()).items():
                 metrics[(name, upstream.name, *labels)] = value
