@@ -1248,7 +1248,7 @@ def bypasses(pattern: str, host: str, port: int) -> bool:
         return ipaddress.ip_address(host) in network
     except ValueError:  # not both are addresses
         name, colon, number = pattern.rpartition(":")
-        if colon and number.isdigit():
+        if colon and number.isdecimal():
             return int(number) == port and bypasses(name, host, port)
     domain = pattern.lstrip("*.")
     is_name = bool(domain) and not host.rpartition(".")[2].isdigit() and ":" not in host
