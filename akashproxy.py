@@ -1805,20 +1805,16 @@ class ConfigFile:
         return keys
 
     def build_list(
-        self,
-        cls: Type[Any],
-        key_path: str,
-        items: List[Any],
-        read_values: Callable[[Dict[str, Any], str], Dict[str, Any]],
+        self, cls: Any, key_path: str, items: List[Any], values_of: Callable[..., Dict[str, Any]]
     ) -> Tuple[Any, ...]:
-        """Build a ``cls`` of each object without problems. Names must be unique."""
+        """Build ``cls`` from ``values_of(object, key path)``; names must be unique."""
         built = []
         for at, item in enumerate(items):
             before, item_path = len(self.problems), f"{key_path}[{at}]"
             if not isinstance(item, dict):
                 self.problem(item_path, "must be an object")
                 continue
-            values = read_values(item, item_path)
+            values = values_of(item, item_path)
             if len(self.problems) == before:
                 built.append(cls(**values))
         names = [options.name for options in built if options.name]
