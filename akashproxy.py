@@ -1756,10 +1756,10 @@ class ConfigFile:
         data = self.read(self.path)
         special = {name: data.pop(name) for name in self.SPECIAL_KEYS if name in data}
         values = self.fields(setting_fields(Settings), data, "", self.SPECIAL_KEYS)
-        port = self.environ.get("PORT") or special.get("port")
+        port = special.get("port")
         if port is None and self.is_chatgpt_apiserver(special.get("controllers")):
             port = 8080  # chatgpt-apiserver's default
-        if port is not None and "server_address" not in values:
+        if port is not None and "server_address" not in values and not self.environ.get("PORT"):
             with collecting_errors(self.problems, f"{self.path}: port"):
                 values["server_address"] = listen_address(f":{port}")
         if special.get("pool") is not None:

@@ -11444,6 +11444,12 @@ def test_where_it_listens(environ, name, data, flags, listens, config, tmp_path,
     assert Settings.load(environ, flags).server_address == listens
 
 
+def test_an_invalid_port_of_the_environment_is_not_blamed_on_the_file(config):
+    with pytest.raises(ConfigError) as caught:
+        Settings.load({"CONFIG_FILE": config({"port": 1}), "PORT": "x"})
+    assert caught.value.problems == ["PORT: 'x' is not a valid port"]
+
+
 def test_the_readmes_docker_lines_mount_files_where_they_are_found():
     mounted = re.findall(r"docker run .* -v \"\$PWD/([^:]+):([^:]+):ro\" akashproxy", README)
     assert [file for file, _ in mounted] == akashproxy.FILE_NAMES
