@@ -5956,14 +5956,6 @@ class AkashImages:
                 self.batches.popitem(last=False)
         return batch
 
-    def leave(self, batch: ImageBatch, call: Call, may_be_repeated: bool) -> None:
-        """End a call's use of a batch, which is forgotten unless the call may be repeated."""
-        with self.lock:
-            if not may_be_repeated:
-                self.batches.pop(batch, None)
-            elif batch.cancellation is call.cancellation:  # no repeat has joined it yet
-                batch.cancellation = None  # whose reason would keep the request in memory
-
     def events(self, call: Call, data: bytes) -> Iterator[Event]:
         """Start a job for each image, then poll them; text instead of a job is passed on."""
         batch, may_be_repeated = self.join(call), False
@@ -5976,7 +5968,11 @@ class AkashImages:
             may_be_repeated = call.cancellation.reason is not None
             raise
         finally:
-            self.leave(batch, call, may_be_repeated)
+            with self.lock:
+                if not may_be_repeated:
+                    self.batches.pop(batch, None)
+                elif batch.cancellation is call.cancellation:  # no repeat has joined it yet
+                    batch.cancellation = None  # whose reason would keep the request in memory
 
     def _batch_events(self, call: Call, data: bytes, batch: ImageBatch) -> Iterator[Event]:
         """Yield a batch's events; one job at a time if concurrent requests are limited."""
