@@ -1104,6 +1104,28 @@ def setting(
 # Checks: each returns the value to use, or raises ValueError.
 
 
+def require(is_valid: Callable[[Any], Any], message: str) -> Callable[[Any], Any]:
+    """Make a check that returns a valid value as it is."""
+
+    def check(value: Any) -> Any:
+        if not is_valid(value):
+            raise ValueError(message)
+        return value
+
+    return check
+
+
+positive = require(lambda value: value > 0, "must be greater than 0")
+controller_name = require(  # which is sent in a header
+    re.compile("[A-Za-z0-9._-]{0,64}").fullmatch,
+    "only letters, digits, '.', '_' and '-' are allowed, at most 64",
+)
+header_value = require(
+    re.compile("(?! )[ -~]*(?<! )").fullmatch,
+    "only printable ASCII without leading or trailing blanks is allowed",
+)
+
+
 def listen_address(text: str) -> str:
     """Check HOST:PORT, :PORT or [V6]:PORT."""
     split_address(text)
@@ -1230,18 +1252,11 @@ def bypasses(pattern: str, host: str, port: int) -> bool:
         return ipaddress.ip_address(host) in network
     except ValueError:  # not both are addresses
         name, colon, number = pattern.rpartition(":")
-        if colon and number.isdigit():
+        if colon and number.isdecimal():
             return int(number) == port and bypasses(name, host, port)
     domain = pattern.lstrip("*.")
     is_name = bool(domain) and not host.rpartition(".")[2].isdigit() and ":" not in host
     return pattern == "*" or is_name and f".{host}".endswith(f".{domain}")
-
-
-def header_value(text: str) -> str:
-    """Check the value of a header."""
-    if not re.fullmatch(r"[ -~]*", text) or text != text.strip():
-        raise ValueError("only printable ASCII without leading or trailing blanks is allowed")
-    return text
 
 
 def web_origin(text: str) -> str:
@@ -1281,37 +1296,6 @@ def ca_bundle(path: str) -> str:
     except OSError as error:
         raise ValueError(f"{path!r} can't be used: {error.strerror or error}") from None
     return path
-
-
-def controller_name(text: str) -> str:
-    """Check a name, which is sent in a header."""
-    if not re.fullmatch(r"[A-Za-z0-9._-]{0,64}", text):
-        raise ValueError("only letters, digits, '.', '_' and '-' are allowed, at most 64")
-    return text
-
-
-def positive(value: float) -> float:
-    """Check a number that must not be 0. Raises ValueError."""
-    if not value > 0:
-        raise ValueError("must be greater than 0")
-    return value
-
-
-def one_process(value: int) -> int:
-    """Check the retired setting WORKERS. Raises ValueError unless it is 1."""
-    if value != 1:
-        raise ValueError(
-            "must be 1: to use more cores, run several processes behind one address; see "
-            '"Several processes" in the README'
-        )
-    return value
-
-
-def tools_instruction(text: str) -> str:
-    """Check an instruction for tools as text. Raises ValueError."""
-    if not ("{tools}" in text and "{call}" in text):
-        raise ValueError("must contain {tools} and {call}")
-    return text
 
 
 def one_of(*values: str) -> Callable[[str], str]:
@@ -1384,9 +1368,7 @@ class ControllerSettings(ValidatedSettings):
     weight: float = setting(1.0, "share of requests, relative to the other weights; 0: off")
     priority: int = setting(1, "failover group: 2 is used only while none of group 1 is available")
     base_url: str = setting(
-        "",
-        "the upstream's URL; default: https://api.openai.com/v1, or AKASH_BASE_URL",
-        http_url,
+        "", "the upstream's URL; default: https://api.openai.com/v1, or AKASH_BASE_URL", http_url
     )
     api_key: str = setting(
         "",
@@ -1402,10 +1384,7 @@ class ControllerSettings(ValidatedSettings):
         secret=True,
     )
     proxy: str = setting(
-        "",
-        "proxy to the upstream; default: PROXY",
-        proxy_url,
-        secret=without_password,
+        "", "proxy to the upstream; default: PROXY", proxy_url, secret=without_password
     )
     headers: Dict[str, str] = setting(
         {}, "additional request headers", additional_headers, secret=True
@@ -1514,7 +1493,9 @@ class Settings(ValidatedSettings):
         "",
         "instruction for tools as text, in which {tools} and {call} stand for the functions and "
         "the form of a call; default: a built-in one",
-        tools_instruction,
+        require(
+            lambda text: "{tools}" in text and "{call}" in text, "must contain {tools} and {call}"
+        ),
     )
     akash_base_url: str = setting(
         "https://chat.akash.network", "URL of the Akash Chat server", http_url
@@ -1606,7 +1587,13 @@ class Settings(ValidatedSettings):
         one_of("comment", "chunk", "off"),
     )
     workers: int = setting(
-        1, 'always 1; to use more cores, see "Several processes" in the README', one_process
+        1,
+        'always 1; to use more cores, see "Several processes" in the README',
+        require(
+            lambda value: value == 1,
+            "must be 1: to use more cores, run several processes behind one address; see "
+            '"Several processes" in the README',
+        ),
     )
     grace: float = setting(7.0, "seconds for running requests to finish after SIGTERM")
     log_format: str = setting("text", "text or json", one_of("text", "json"))
@@ -1773,15 +1760,13 @@ class ConfigFile:
     def settings(self) -> Dict[str, Any]:
         """Values of Settings."""
         data = self.read(self.path)
-        if data is None:
-            return {}
         special = {name: data.pop(name) for name in self.SPECIAL_KEYS if name in data}
         values = self.fields(setting_fields(Settings), data, "", self.SPECIAL_KEYS)
-        port = self.environ.get("PORT") or special.get("port")
+        port = special.get("port")
         if port is None and self.is_chatgpt_apiserver(special.get("controllers")):
             port = 8080  # chatgpt-apiserver's default
-        if port is not None and "server_address" not in values:
-            with self.collecting_errors("port"):
+        if port is not None and "server_address" not in values and not self.environ.get("PORT"):
+            with collecting_errors(self.problems, f"{self.path}: port"):
                 values["server_address"] = listen_address(f":{port}")
         if special.get("pool") is not None:
             values.update(self.pool_type(special["pool"]))
@@ -1811,7 +1796,7 @@ class ConfigFile:
         if not isinstance(items, list) or not items:
             self.problem("controllers", "must be a list with at least one controller")
             return ()
-        controllers = self.build_list("controllers", items, self.controller)
+        controllers = self.build_list(ControllerSettings, "controllers", items, self.controller)
         if controllers and not any(options.weight for options in controllers):
             self.problem("controllers", "all of them are off (weight 0)")
         return controllers
@@ -1820,41 +1805,41 @@ class ConfigFile:
         if not isinstance(items, list):
             self.problem("keys", "must be a list")
             return ()
-        keys = self.build_list("keys", items, self.key)
+        keys = self.build_list(ClientKeySettings, "keys", items, self.key)
         if len({options.key for options in keys}) < len(keys):
             self.problem("keys", "two have the same key")
         return keys
 
     def build_list(
-        self, key_path: str, items: List[Any], build: Callable[[Dict[str, Any], str], Any]
+        self, cls: Any, key_path: str, items: List[Any], values_of: Callable[..., Dict[str, Any]]
     ) -> Tuple[Any, ...]:
-        """Apply ``build(object, key path)`` to each object. Names must be unique."""
+        """Build ``cls`` from ``values_of(object, key path)``; names must be unique."""
         built = []
         for at, item in enumerate(items):
-            if isinstance(item, dict):
-                built.append(build(item, f"{key_path}[{at}]"))
-            else:
-                self.problem(f"{key_path}[{at}]", "must be an object")
-        names = [options.name for options in filter(None, built) if options.name]
+            before, item_path = len(self.problems), f"{key_path}[{at}]"
+            if not isinstance(item, dict):
+                self.problem(item_path, "must be an object")
+                continue
+            values = values_of(item, item_path)
+            if len(self.problems) == before:
+                built.append(cls(**values))
+        names = [options.name for options in built if options.name]
         for name in {name for name in names if names.count(name) > 1}:
             self.problem(key_path, f"two have the name {name!r}")
-        return tuple(filter(None, built))
+        return tuple(built)
 
-    def key(self, data: Dict[str, Any], key_path: str) -> Optional[ClientKeySettings]:
-        """Build the settings of a client key; None after a problem."""
-        before = len(self.problems)
+    def key(self, data: Dict[str, Any], key_path: str) -> Dict[str, Any]:
+        """Values of ClientKeySettings."""
         values = self.fields(setting_fields(ClientKeySettings), data, key_path + ".")
         for name in ("name", "key"):
             if name not in data:
                 self.problem(f"{key_path}.{name}", "is missing")
-        return ClientKeySettings(**values) if len(self.problems) == before else None
+        return values
 
-    def controller(self, data: Dict[str, Any], key_path: str) -> Optional[ControllerSettings]:
-        """Build the settings of a controller; None after a problem."""
-        base, base_path, file = self.base_config(data, key_path)
-        if base is None:
-            return None
+    def controller(self, data: Dict[str, Any], key_path: str) -> Dict[str, Any]:
+        """Values of ControllerSettings."""
         before, known = len(self.problems), setting_fields(ControllerSettings)
+        base, base_path, file = self.base_config(data, key_path)
         values = {
             **self.fields(known, base, base_path),
             **self.fields(known, data, key_path + ".", ["config", "config_file"]),
@@ -1865,21 +1850,21 @@ class ConfigFile:
             self.problem(key_path + ".type", f"{values['type']!r} is not one of {known_types}")
         if values["type"] == "akash" and values.get("tools") == "native":
             self.problem(key_path + ".tools", "Akash Chat has no tools: use prompt or refuse")
-        if len(self.problems) > before:
-            return None
+        is_openai = values["type"] == "openai" and is_openai_server(values.get("base_url", ""))
         if values.get("api_key"):
             values["key_source"] = file if file and not data.get("api_key") else self.path
-        elif values["type"] == "openai" and is_openai_server(values.get("base_url", "")):
-            values["key_source"] = "OPENAI_API_KEY"
-            values["api_key"] = self.openai_key(key_path + ".api_key")
-        return ControllerSettings(**values) if len(self.problems) == before else None
+        elif is_openai and len(self.problems) == before:  # an invalid base_url is left out
+            key = self.environ.get("OPENAI_API_KEY", "")
+            if not key:
+                self.problem(key_path + ".api_key", "is missing, and OPENAI_API_KEY is not set")
+            with collecting_errors(self.problems, "OPENAI_API_KEY"):
+                values["api_key"], values["key_source"] = header_value(key), "OPENAI_API_KEY"
+        return values
 
-    def base_config(
-        self, data: Dict[str, Any], key_path: str
-    ) -> Tuple[Optional[Dict[str, Any]], str, str]:
+    def base_config(self, data: Dict[str, Any], key_path: str) -> Tuple[Dict[str, Any], str, str]:
         """Pop ``config`` or ``config_file``, where chatgpt-apiserver has the options.
 
-        Returns the object (None after a problem), its key path, and its file ("": this one).
+        Returns the object ({} after a problem), its key path, and its file ("": this one).
         """
         inline, file = data.pop("config", None) or {}, data.pop("config_file", None)
         if isinstance(file, str) and file:
@@ -1893,20 +1878,10 @@ class ConfigFile:
             self.problem(key_path + ".config_file", "must be the name of a file")
         if not isinstance(inline, dict):
             self.problem(key_path + ".config", "must be an object")
-            inline = None
-        return inline, key_path + ".config.", ""
+        return as_dict(inline), key_path + ".config.", ""
 
-    def openai_key(self, key_path: str) -> str:
-        """OPENAI_API_KEY, for a controller without a key."""
-        key = self.environ.get("OPENAI_API_KEY", "")
-        if not key:
-            self.problem(key_path, "is missing, and OPENAI_API_KEY is not set")
-        with collecting_errors(self.problems, "OPENAI_API_KEY"):
-            return header_value(key)
-        return ""
-
-    def read(self, path: str, key_path: str = "") -> Optional[Dict[str, Any]]:
-        """Read a JSON object and expand its ${NAME}s; None after a problem."""
+    def read(self, path: str, key_path: str = "") -> Dict[str, Any]:
+        """Read a JSON object and expand its ${NAME}s; {} after a problem."""
         try:
             with open(path, "rb") as file:
                 data = from_json(file.read())
@@ -1921,20 +1896,18 @@ class ConfigFile:
         else:
             if isinstance(data, dict):
                 with contextlib.suppress(RecursionError):
-                    return {
-                        name: self.expand_env(item, f"{key_path}.{name}".lstrip("."))
-                        for name, item in data.items()
-                    }
+                    return as_dict(self.expand_env(data, key_path))
             message = "must be a JSON object"
         source = f"{self.path}: {key_path}" if key_path else "configuration"
         self.problems.append(f"{source}: {path}: {message}")
-        return None
+        return {}
 
     def expand_env(self, value: Any, key_path: str) -> Any:
         """Replace each ${NAME} in the strings of a JSON value by the environment variable."""
         if isinstance(value, dict):
             return {
-                name: self.expand_env(item, f"{key_path}.{name}") for name, item in value.items()
+                name: self.expand_env(item, f"{key_path}.{name}".lstrip("."))
+                for name, item in value.items()
             }
         if isinstance(value, list):
             return [self.expand_env(item, f"{key_path}[{at}]") for at, item in enumerate(value)]
@@ -1960,7 +1933,7 @@ class ConfigFile:
         values = {}
         for name, value in data.items():
             if name in known:
-                with self.collecting_errors(prefix + name):
+                with collecting_errors(self.problems, f"{self.path}: {prefix}{name}"):
                     values[name] = validate(known[name], from_json_value(known[name], value))
             else:
                 near = similar_to(name, [*known, *others])
@@ -1970,9 +1943,6 @@ class ConfigFile:
 
     def problem(self, key_path: str, message: str) -> None:
         self.problems.append(f"{self.path}: {key_path}: {message}")
-
-    def collecting_errors(self, key_path: str) -> contextlib.AbstractContextManager[None]:
-        return collecting_errors(self.problems, f"{self.path}: {key_path}")
 
 
 @contextlib.contextmanager
@@ -3562,11 +3532,14 @@ class SurrogateFilter(Filter):
     two events. A half that stays alone becomes U+FFFD.
     """
 
+    SURROGATE = re.compile("[\ud800-\udfff]")
+
     def __init__(self) -> None:
         self.pending: Dict[Any, BlockEvent] = {}  # first halves, by type and index of the event
 
     def feed(self, events: List[Event]) -> List[Event]:
-        if not self.pending and not any(map(has_surrogate, events)):
+        texts = (text for text in map(text_of, events) if not text.isascii())
+        if not self.pending and not any(map(self.SURROGATE.search, texts)):
             return events
         out: List[Event] = []
         for event in events:
@@ -3596,21 +3569,14 @@ class SurrogateFilter(Filter):
         return [with_text(event, text)] if text else []
 
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def has_surrogate(event: Event) -> bool:
-    """Whether an event's text has half of a character."""
-    text = text_of(event)
-    return not text.isascii() and _SURROGATE.search(text) is not None
-
-
 class TextFilter(Filter):
     """Base class of filters of Text that hold back the possible start of a word.
 
     Subclasses append events to ``out``: in read() those of one Text, in release() what was held
     back, in finish() the last ones, in pass_on() others.
     """
+
+    pending = ""  # text held back
 
     def feed(self, events: List[Event]) -> List[Event]:
         self.out: List[Event] = []
@@ -3636,7 +3602,9 @@ class TextFilter(Filter):
         raise NotImplementedError
 
     def release(self) -> None:
-        raise NotImplementedError
+        text, self.pending = self.pending, ""
+        if text:
+            self.out.append(Text(text))
 
     def finish(self, finish: Finish) -> None:
         self.release()
@@ -3760,18 +3728,15 @@ class StopFilter(TextFilter):
     """
 
     def __init__(self, stops: List[str], max_tokens: Optional[int]) -> None:
-        self.stops, self.pending = stops, ""  # the latter is possibly the start of a stop sequence
+        self.stops = stops
         self.budget = math.inf if max_tokens is None else UNITS_PER_TOKEN * max_tokens
         self.needed = bool(stops) or max_tokens is not None
 
     def read(self, event: Text) -> None:
-        if self.stops:
-            self._search(event.text)
-        else:
+        if not self.stops:
             self.pass_on(event)
-
-    def _search(self, text: str) -> None:
-        text, self.pending = self.pending + text, ""
+            return
+        text, self.pending = self.pending + event.text, ""
         found = [
             (text.find(stop) + len(stop), -len(stop), stop) for stop in self.stops if stop in text
         ]
@@ -3782,34 +3747,24 @@ class StopFilter(TextFilter):
                 self.stopped = True
                 self.out.append(Finish("stop", stop_sequence=stop))
         else:
-            size = len(text) - max(partial_match_length(text, stop) for stop in self.stops)
-            self.pending = text[size:]
-            self.pass_on(Text(text[:size]))
-
-    def release(self) -> None:
-        text, self.pending = self.pending, ""
-        if text:
-            self.out.append(Text(text))
+            end = len(text) - max(partial_match_length(text, stop) for stop in self.stops)
+            self.pending = text[end:]
+            self.pass_on(Text(text[:end]))
 
     def pass_on(self, event: Event) -> None:
         """Count an event's text; beyond the limit it is cut, and the answer ends."""
-        if isinstance(event, (Text, Reasoning)):
-            cost = token_units(event.text)
-            if cost > self.budget:
-                head = truncate_to(event.text, self.budget)
-                self.out += [type(event)(head)] if head else []
-            elif not cost:
-                return
-        else:
-            cost = token_units(text_of(event))
+        cost = token_units(text_of(event))
         if cost > self.budget:
-            self.stopped, event = True, Finish("length")
-        self.budget -= cost
-        self.out.append(event)
+            self.stopped = True
+            if isinstance(event, (Text, Reasoning)):
+                self.pass_on(type(event)(truncate_to(event.text, self.budget)))
+            self.out.append(Finish("length"))
+        elif cost or not isinstance(event, (Text, Reasoning)):
+            self.budget -= cost
+            self.out.append(event)
 
 
 UNITS_PER_TOKEN = 24
-COUNTED_SLICE = 1 << 16  # characters counted at a time: bounds memory, and lets other threads run
 _WIDE = re.compile("[\u2e80-\U0010ffff]+")
 
 
@@ -3821,9 +3776,9 @@ def token_units(text: str) -> int:
     """
     if text.isascii():
         return len(text) * 3
-    if len(text) > COUNTED_SLICE:
-        slices = range(0, len(text), COUNTED_SLICE)
-        return sum(token_units(text[at : at + COUNTED_SLICE]) for at in slices)
+    if len(text) > STRING_SLICE:  # bounds memory, and lets other threads run
+        slices = range(0, len(text), STRING_SLICE)
+        return sum(token_units(text[at : at + STRING_SLICE]) for at in slices)
     plain = len(text.encode("ascii", "ignore"))
     wide = len(text) - len(_WIDE.sub("", text))
     return plain * 3 + (len(text) - plain - wide) * 4 + wide * 12
@@ -5485,7 +5440,7 @@ class AkashLogin:
     PATH = "/api/auth/me/"
     INTERVAL, RETRY = 4 * 3600.0, 300.0  # seconds until it is renewed, and after a failure
     ENDED = "its login has ended: set a new cookie"
-    COOKIE = re.compile(r"(appSession(?:\.[0-9]{1,2})?)=([^;,\s\"\\]+)")
+    COOKIE = re.compile(r"appSession(?:\.[0-9]{1,2})?=[^;,\s\"\\]+")
 
     def __init__(
         self, transport: Transport, cookie: str, name: str, clock: Callable[[], float]
@@ -5722,13 +5677,6 @@ def stop_sequences(body: Dict[str, Any]) -> List[str]:
     return [stop for stop in stops if stop]
 
 
-AKASH_FINISH_REASONS = {
-    "stop": "stop",
-    "length": "length",
-    "content-filter": "content_filter",
-    "tool-calls": "tool_calls",
-}
-
 # Status and code for an error message by the first pattern it contains. If LiteLLM's exception
 # name is in the message, its status takes precedence.
 # fmt: off
@@ -5767,14 +5715,13 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
         error = image_failed("Akash Chat could not generate the image, or does not offer AkashGen.")
         error.legacy_message = "Error Model."
         return error
-    message = _akash_reason(text, secrets)
+    reason, message = first_line(text, secrets), "Akash Chat failed without giving a reason."
+    if reason not in ("", "[object Object]", "An error occurred."):  # the AI SDK's placeholders
+        message = f"Akash Chat: {reason}"
     if status in (401, 402, 403):  # a key of the backend: concerns the model, not our session
         error = auth_error(message, status)
-        error.category, error.cooldown_scope, error.upstream_status = (
-            Category.REFUSED,
-            "model",
-            None,
-        )
+        error.category, error.cooldown_scope = Category.REFUSED, "model"
+        error.upstream_status = None
         return error
     wait = retry_after_seconds({}, {}, message=text)
     is_limit = status == 429 or status >= 500 and wait is not None
@@ -5786,14 +5733,6 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
         cooldown_scope="model" if is_limit else "controller",
         retry_after=wait if is_limit else None,
     )
-
-
-def _akash_reason(text: str, secrets: Iterable[str]) -> str:
-    """Return an error message as a sentence for clients."""
-    reason = first_line(text, secrets)
-    if reason in ("", "[object Object]", "An error occurred."):  # the AI SDK's placeholders
-        return "Akash Chat failed without giving a reason."
-    return f"Akash Chat: {reason}"
 
 
 def first_line(message: str, secrets: Iterable[str]) -> str:
@@ -5863,6 +5802,7 @@ class AkashDecoder(Decoder):
     LINE_LIMIT = 8 << 20  # bytes
     has_fast_path = True
     REASONING_PART = "<think>\n", "\n</think>\n\n"
+    FINISH_REASONS = ("stop", "length", "content-filter", "tool-calls")  # OpenAI's have "_"
     # types of SDK 5 for the codes of SDK 4
     TYPES = {b"g": "reasoning-delta", b"9": "tool-input-available", b"3": "error", b"d": "finish"}
 
@@ -5980,9 +5920,9 @@ class AkashDecoder(Decoder):
     def _finish(self, event: Dict[str, Any], out: List[Event]) -> None:
         reason, metadata = event.get("finishReason"), as_dict(event.get("messageMetadata"))
         usage = metadata.get("totalUsage") or metadata.get("usage") or event.get("usage")
-        if isinstance(reason, str) and reason in AKASH_FINISH_REASONS:
+        if reason in self.FINISH_REASONS:
             self.complete = True
-            out.append(Finish(AKASH_FINISH_REASONS[reason], _akash_usage(usage)))
+            out.append(Finish(reason.replace("-", "_"), _akash_usage(usage)))
         elif reason == "error":
             self._fail("Akash Chat failed in the middle of its answer.")
         else:
@@ -6079,15 +6019,8 @@ class ImageBatch:
         self.key = key  # of the request: its client, path and body
         self.jobs: List[Tuple[str, str]] = []  # (job ID, prompt)
         self.lock = threading.Lock()  # held while a job is being started
-        self.cancellation = Cancellation()  # of the request
-        self.joined = False  # it has, or had, a request
-        self.ended = False  # the request, without its images
+        self.cancellation: Optional[Cancellation] = None  # of the request, until it has ended
         self.expires_at = math.inf
-
-    def may_be_joined(self, now: float) -> bool:
-        """Whether its request has ended, or is about to, not too long ago."""
-        ended = self.ended or self.cancellation.reason is not None
-        return ended and now < self.expires_at
 
 
 class AkashImages:
@@ -6108,30 +6041,24 @@ class AkashImages:
         """Return the batch that the call repeats, or a new one."""
         key = call.client, call.original.path, _sha256(call.original.raw_body)
         with self.lock:
-            now, batches = self.clock(), self.batches
-            repeated = (batch for batch in batches if batch.key == key and batch.may_be_joined(now))
-            return next(repeated, None) or ImageBatch(key)
+            now = self.clock()
+            for batch in self.batches:
+                has_ended = batch.cancellation is None or batch.cancellation.reason  # or soon will
+                if batch.key == key and has_ended and now < batch.expires_at:
+                    return batch
+            return ImageBatch(key)
 
     def join(self, call: Call) -> ImageBatch:
         """Make the batch that the call repeats, or a new one, the call's own."""
         with self.lock:
             batch = self.find(call)
-            batch.cancellation, batch.joined, batch.ended = call.cancellation, True, False
+            batch.cancellation = call.cancellation
             batch.expires_at = self.clock() + self.KEPT_SECONDS
             self.batches[batch] = None
             self.batches.move_to_end(batch)
             if len(self.batches) > self.MAX_BATCHES:
                 self.batches.popitem(last=False)
         return batch
-
-    def leave(self, batch: ImageBatch, call: Call, may_be_repeated: bool) -> None:
-        """End a call's use of a batch, which is forgotten unless the call may be repeated."""
-        with self.lock:
-            if not may_be_repeated:
-                self.batches.pop(batch, None)
-            elif batch.cancellation is call.cancellation:  # no repeat has joined it yet
-                # the reason of a cancellation would keep the request and its body in memory
-                batch.ended, batch.cancellation = True, Cancellation()
 
     def events(self, call: Call, data: bytes) -> Iterator[Event]:
         """Start a job for each image, then poll them; text instead of a job is passed on."""
@@ -6145,7 +6072,11 @@ class AkashImages:
             may_be_repeated = call.cancellation.reason is not None
             raise
         finally:
-            self.leave(batch, call, may_be_repeated)
+            with self.lock:
+                if not may_be_repeated:
+                    self.batches.pop(batch, None)
+                elif batch.cancellation is call.cancellation:  # no repeat has joined it yet
+                    batch.cancellation = None  # whose reason would keep the request in memory
 
     def _batch_events(self, call: Call, data: bytes, batch: ImageBatch) -> Iterator[Event]:
         """Yield a batch's events; one job at a time if concurrent requests are limited."""
@@ -6291,15 +6222,13 @@ class AkashController(Controller):
             call.prepared_requests[self.name] = self._prepare(call)
         except APIError as error:
             return error
-        if self._is_image(call) and self.images.find(call).joined:
+        if self._is_image(call) and self.images.find(call) in self.images.batches:
             call.preferred = self.name
         return None
 
     def _is_image(self, call: Call) -> bool:
-        return call.image_count > 0 or self.IMAGE_MODEL in (
-            call.model,
-            self.upstream_model(call.model),
-        )
+        names = call.model, self.upstream_model(call.model)
+        return call.image_count > 0 or self.IMAGE_MODEL in names
 
     def events(self, call: Call) -> Iterable[Event]:
         body, stop_filter, call.attempt.ignored_params = call.prepared_requests[self.name]
@@ -6595,12 +6524,10 @@ def no_models() -> APIError:
 
 
 def akash_models(listing: Any) -> Dict[str, Dict[str, Any]]:
-    """Return the entries of any akash-chat version's model list by ID.
+    """Return the models in any akash-chat version's list, by ID.
 
-    Empty if it is malformed.
-
-    Lists are arrays, or objects with ``models``. Where b58259a has a database, an entry's ``id``
-    may be the database's key and ``model_id`` the model.
+    Lists are arrays, or objects with ``models``; others count as empty. Where b58259a has a
+    database, an entry's ``id`` may be the database's key and ``model_id`` the model.
     """
     if isinstance(listing, dict):
         listing = listing.get("models") or listing.get("data")
@@ -11556,67 +11483,56 @@ class KeyLimiter:
         }
 
 
-# {name: (type, help, labels)}. Label values come from ROUTES, the settings and the upstreams' model
-# lists, never from requests: clients could otherwise create any number of series.
+# {name: (help, label, ...)}; a counter's name ends in "_total", and no other one. Label values come
+# from ROUTES, the settings and the upstreams' model lists, never from requests: clients could
+# otherwise create any number of series.
 # fmt: off
-METRICS: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
-    "akashproxy_requests_total": (
-        "counter", "Completed requests.", ("route", "status", "controller")),
-    "akashproxy_requests_in_flight": ("gauge", "Model calls and images in progress.", ()),
-    "akashproxy_requests_waiting": ("gauge", "Model calls queued for a controller.", ()),
+METRICS: Dict[str, Tuple[str, ...]] = {
+    "akashproxy_requests_total": ("Completed requests.", "route", "status", "controller"),
+    "akashproxy_requests_in_flight": ("Model calls and images in progress.",),
+    "akashproxy_requests_waiting": ("Model calls queued for a controller.",),
     "akashproxy_request_duration_seconds": (
-        "histogram", "Time from the first byte of a model call to the end of its response.",
-        ("controller",)),
+        "Time from the first byte of a model call to the end of its response.", "controller"),
     "akashproxy_time_to_first_token_seconds": (
-        "histogram", "Time from the first byte of a model call to the first event of its stream.",
-        ("controller",)),
+        "Time from the first byte of a model call to the first event of its stream.", "controller"),
     "akashproxy_time_per_output_token_seconds": (
-        "histogram", "Time of a stream after its first event, per further token.", ("controller",)),
+        "Time of a stream after its first event, per further token.", "controller"),
     "akashproxy_streams_broken_off_total": (
-        "counter", "Responses that failed after they had begun.", ("controller",)),
-    "akashproxy_prompt_tokens_total": (
-        "counter", "Prompt tokens, where upstreams report them.", ("controller",)),
+        "Responses that failed after they had begun.", "controller"),
+    "akashproxy_prompt_tokens_total": ("Prompt tokens, where upstreams report them.", "controller"),
     "akashproxy_completion_tokens_total": (
-        "counter", "Completion tokens, where upstreams report them.", ("controller",)),
+        "Completion tokens, where upstreams report them.", "controller"),
     "akashproxy_estimated_prompt_tokens_total": (
-        "counter", "Prompt tokens, estimated where upstreams report none.", ("controller",)),
+        "Prompt tokens, estimated where upstreams report none.", "controller"),
     "akashproxy_estimated_completion_tokens_total": (
-        "counter", "Completion tokens, estimated where upstreams report none.", ("controller",)),
+        "Completion tokens, estimated where upstreams report none.", "controller"),
     "akashproxy_model_requests_total": (
-        "counter", "Completed model calls, by a model that upstreams list.", ("model",)),
-    "akashproxy_model_tokens_total": (
-        "counter", "Tokens, by a model that upstreams list.", ("model", "type")),
+        "Completed model calls, by a model that upstreams list.", "model"),
+    "akashproxy_model_tokens_total": ("Tokens, by a model that upstreams list.", "model", "type"),
     "akashproxy_model_estimated_tokens_total": (
-        "counter", "Estimated tokens, by a model that upstreams list.", ("model", "type")),
-    "akashproxy_upstream_requests_total": (
-        "counter", "Attempts, by their outcome.", ("controller", "outcome")),
-    "akashproxy_failovers_total": ("counter", "Failovers to another controller.", ()),
-    "akashproxy_controller_rests_total": (
-        "counter", "Cool-downs of a controller.", ("controller",)),
-    "akashproxy_controller_resting": (
-        "gauge", "1 while a controller is cooling down.", ("controller",)),
+        "Estimated tokens, by a model that upstreams list.", "model", "type"),
+    "akashproxy_upstream_requests_total": ("Attempts, by their outcome.", "controller", "outcome"),
+    "akashproxy_failovers_total": ("Failovers to another controller.",),
+    "akashproxy_controller_rests_total": ("Cool-downs of a controller.", "controller"),
+    "akashproxy_controller_resting": ("1 while a controller is cooling down.", "controller"),
     "akashproxy_controller_rest_seconds": (
-        "gauge", "Time until a controller's cool-down ends.", ("controller",)),
-    "akashproxy_session_renewals_total": (
-        "counter", "Sessions obtained from Akash Chat.", ("controller",)),
+        "Time until a controller's cool-down ends.", "controller"),
+    "akashproxy_session_renewals_total": ("Sessions obtained from Akash Chat.", "controller"),
     "akashproxy_login_active": (
-        "gauge", "1 if the login in a controller's cookie is valid, 0 if it has ended.",
-        ("controller",)),
-    "akashproxy_key_requests_total": ("counter", "Model calls of a key.", ("key",)),
-    "akashproxy_key_refused_total": (
-        "counter", "Model calls rejected by the limits of a key.", ("key",)),
-    "akashproxy_key_in_flight": ("gauge", "Model calls of a key in progress.", ("key",)),
-    "akashproxy_key_tokens_total": ("counter", "Tokens used by a key.", ("key", "type")),
-    "akashproxy_key_estimated_tokens_total": (
-        "counter", "Estimated tokens used by a key.", ("key", "type")),
-    "akashproxy_sent_bytes_total": ("counter", "Bytes sent in response bodies.", ()),
-    "akashproxy_open_connections": ("gauge", "Open client connections.", ()),
-    "akashproxy_build_info": ("gauge", "Always 1.", ("version", "python")),
-    "process_cpu_seconds_total": ("counter", "CPU time, user and system.", ()),
-    "process_start_time_seconds": ("gauge", "Start time, in seconds since 1970.", ()),
-    "process_resident_memory_bytes": ("gauge", "Memory in use (Linux).", ()),
-    "process_open_fds": ("gauge", "Open file descriptors (Linux).", ()),
-    "process_max_fds": ("gauge", "Limit of open file descriptors.", ()),
+        "1 if the login in a controller's cookie is valid, 0 if it has ended.", "controller"),
+    "akashproxy_key_requests_total": ("Model calls of a key.", "key"),
+    "akashproxy_key_refused_total": ("Model calls rejected by the limits of a key.", "key"),
+    "akashproxy_key_in_flight": ("Model calls of a key in progress.", "key"),
+    "akashproxy_key_tokens_total": ("Tokens used by a key.", "key", "type"),
+    "akashproxy_key_estimated_tokens_total": ("Estimated tokens used by a key.", "key", "type"),
+    "akashproxy_sent_bytes_total": ("Bytes sent in response bodies.",),
+    "akashproxy_open_connections": ("Open client connections.",),
+    "akashproxy_build_info": ("Always 1.", "version", "python"),
+    "process_cpu_seconds_total": ("CPU time, user and system.",),
+    "process_start_time_seconds": ("Start time, in seconds since 1970.",),
+    "process_resident_memory_bytes": ("Memory in use (Linux).",),
+    "process_open_fds": ("Open file descriptors (Linux).",),
+    "process_max_fds": ("Limit of open file descriptors.",),
 }
 # fmt: on
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
@@ -11636,8 +11552,8 @@ class Metrics:
     def __init__(self, server: "Server") -> None:
         self.server, self.started_at, self.lock = server, time.time(), threading.Lock()
         self.counts: Dict[Tuple[Any, ...], float] = defaultdict(int)  # {(name, label, ...): number}
-        for name, (kind, _, labels) in METRICS.items():
-            if kind == "counter" and not labels:  # from the start, as rate() needs a first value
+        for name, (_, *labels) in METRICS.items():
+            if name.endswith("_total") and not labels:  # rate() needs a first value
                 self.counts[name,] = 0
         self.models: Set[str] = set()  # those with series of their own
 
@@ -11650,8 +11566,7 @@ class Metrics:
             counts["akashproxy_sent_bytes_total",] += writer.bytes_sent
             if call is None:
                 return
-            if len(record.route) > 1:
-                counts["akashproxy_failovers_total",] += len(record.route) - 1
+            counts["akashproxy_failovers_total",] += max(0, len(record.route) - 1)
             if record.broken_off:
                 counts["akashproxy_streams_broken_off_total", controller] += 1
             model = self.model_label(call.model)
@@ -11704,13 +11619,13 @@ class Metrics:
 
     def snapshot(self) -> Dict[Tuple[Any, ...], float]:
         """Return all metrics: {(name, label, ...): number}."""
-        server, connections = self.server, self.server.connections.copy()
+        server = self.server
         server.pool.refresh_models_async()  # for the labels
         with self.lock:
             metrics = dict(self.counts)
         metrics["akashproxy_requests_in_flight",] = server.running_calls()
         metrics["akashproxy_requests_waiting",] = len(server.pool.queue)
-        metrics["akashproxy_open_connections",] = len(connections)
+        metrics["akashproxy_open_connections",] = len(server.connections)
         for upstream in server.pool.upstreams:
             for (name, *labels), value in upstream.metrics(server.pool.clock()).items():
                 metrics[(name, upstream.name, *labels)] = value
@@ -11746,17 +11661,16 @@ def prometheus_text(metrics: Dict[Tuple[Any, ...], float]) -> bytes:
     for (name, *labels), value in metrics.items():
         series[name][tuple(map(str, labels))] = value
     lines = []
-    for name, (kind, help, names) in METRICS.items():
-        lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
-        if kind != "histogram":
-            lines += [
-                sample(name, zip(names, key), value) for key, value in sorted(series[name].items())
-            ]
+    for name, (help, *names) in METRICS.items():
+        other_type = "counter" if name.endswith("_total") else "gauge"
+        metric_type = "histogram" if name in BUCKETS else other_type
+        lines += [f"# HELP {name} {help}", f"# TYPE {name} {metric_type}"]
+        samples = sorted(series[name].items())
+        if name not in BUCKETS:
+            lines += [sample(name, zip(names, key), value) for key, value in samples]
             continue
-        histograms: Dict[Tuple[str, ...], Dict[str, float]] = {}
-        for key, value in sorted(series[name].items()):
-            histograms.setdefault(key[:-1], {})[key[-1]] = value
-        for key, buckets in histograms.items():
+        for key, group in itertools.groupby(samples, key=lambda item: item[0][:-1]):
+            buckets = {bucket: value for (*_, bucket), value in group}
             lines += histogram_lines(name, list(zip(names, key)), buckets)
     return "\n".join([*lines, ""]).encode()
 
@@ -13639,12 +13553,10 @@ function enlarge({src, alt}) {
     make("a.button", "Save", save), button("Close", () => ui.viewer.close())));
   ui.viewer.showModal();
 }
-function copying(text) {
-  const done = () => { made.textContent = "Copied"; };
-  const copy = () => navigator.clipboard.writeText(text).then(done);
-  const made = button("Copy", copy, {hidden: !navigator.clipboard});    // plain HTTP has none
-  return made;
-}
+const copying = (text) => button("Copy", async ({target}) => {
+  await navigator.clipboard.writeText(text);
+  target.textContent = "Copied";
+}, {hidden: !navigator.clipboard});     // plain HTTP has none
 const listing = (text, name) => make("figure",
   make("figcaption", make("span", name), copying(text)),
   make("pre", make("code", text, {dir: "ltr"}), {tabIndex: 0}));
@@ -14238,10 +14150,9 @@ def print_settings(settings: Settings) -> None:
     for name, value in settings.redacted_items():
         print_text(f"{name.upper()}={value}")
     for controller in settings.pool():
-        source = f" ({controller.key_source})" if controller.key_source else ""
-        proxy = f" ({controller.proxy_source})" if controller.proxy_source else ""
-        cookie = " (AKASH_COOKIE)" if controller.cookie == settings.akash_cookie != "" else ""
-        sources = {"api_key": source, "proxy": proxy, "cookie": cookie}
+        sources = {"api_key": controller.key_source, "proxy": controller.proxy_source}
+        if controller.cookie == settings.akash_cookie:
+            sources["cookie"] = "AKASH_COOKIE"
         print_section(controller.name, controller, sources)
     for key in settings.keys:
         print_section(f"key {key.name}", key, {})
@@ -14260,14 +14171,12 @@ def ask_controllers(settings: Settings) -> int:
     return 0 if all_right else 1
 
 
-def print_section(title: str, options: Any, suffixes: Dict[str, str]) -> None:
-    """Print the non-empty settings of a controller or key."""
-    lines = [
-        f"{name}={value}{suffixes.get(name, '')}"
-        for name, value in options.redacted_items()
-        if value and name != "name"
-    ]
-    print_text("\n".join([f"\n[{title}]", *lines]))
+def print_section(title: str, options: Any, sources: Dict[str, str]) -> None:
+    """Print the non-empty settings of a controller or key, some with their source."""
+    print_text(f"\n[{title}]")
+    for name, value in options.redacted_items():
+        if value and name != "name":
+            print_text(f"{name}={value}" + (f" ({sources[name]})" if sources.get(name) else ""))
 
 
 def container_flags() -> List[str]:
@@ -14300,7 +14209,7 @@ def check_health(settings: Settings) -> int:
         connection.close()
 
 
-def start(server: Server, load: Callable[[], Settings], demo: bool = False) -> int:
+def start(server: Server, load: Callable[[], Settings], demo: bool) -> int:
     """Start a server, print its URLs and serve until a signal; the exit status."""
     raise_fd_limit()
     with contextlib.suppress(AttributeError):  # PyPy has another collector
@@ -14312,7 +14221,7 @@ def start(server: Server, load: Callable[[], Settings], demo: bool = False) -> i
             "set BEARER_TOKEN",
             " or ".join(reachable_urls(server)),
         )
-    signals = Signals(signal.SIGINT, signal.SIGTERM, SIGHUP)
+    signals = Signals()
     pool = f"{server.pool}, simulated without a network," if demo else server.pool
     lines = [f"akashproxy {__version__} serves {pool} on {server.url}/v1"]
     if server.server_name in WILDCARDS:
@@ -14350,12 +14259,13 @@ def raise_fd_limit() -> None:
 
 
 SIGHUP = getattr(signal, "SIGHUP", 0)  # 0: not available (Windows)
+SIGNALS = {signal.SIGINT, signal.SIGTERM, SIGHUP} - {0}
 
 
 def set_signal_mask(action: str) -> None:
     """Block or unblock our signals: none may be lost or fatal during start-up."""
     if SIGHUP:
-        signal.pthread_sigmask(getattr(signal, action), {signal.SIGINT, signal.SIGTERM, SIGHUP})
+        signal.pthread_sigmask(getattr(signal, action), SIGNALS)
 
 
 class Signals:
@@ -14364,10 +14274,10 @@ class Signals:
     A second SIGINT or SIGTERM ends the process at once.
     """
 
-    def __init__(self, *numbers: int) -> None:
+    def __init__(self) -> None:
         self.received: SimpleQueue[int] = SimpleQueue()
         self.stops = 0  # SIGINT and SIGTERM received
-        for number in filter(None, numbers):
+        for number in SIGNALS:
             signal.signal(number, self.on_signal)
         set_signal_mask("SIG_UNBLOCK")
 
@@ -14382,41 +14292,36 @@ class Signals:
                 os._exit(0)
         self.received.put(number)
 
-    def next(self, seconds: float = 1.0) -> Optional[int]:
-        """Return the next signal, or None after a timeout.
+    def wait(self) -> int:
+        """Wait for a signal.
 
         The timeout bounds this race: a signal arrives; the main thread begins to wait before its
         handler has run, and is not interrupted.
         """
-        with contextlib.suppress(Empty):
-            return self.received.get(timeout=seconds)
-        return None
+        while True:
+            with contextlib.suppress(Empty):
+                return self.received.get(timeout=1.0)
 
 
 def serve(server: Server, load: Callable[[], Settings], signals: Signals) -> int:
     """Serve until SIGINT or SIGTERM; SIGHUP reloads the settings. The exit status."""
-    while True:
-        number = signals.next()
-        if number == SIGHUP:
-            reload(server, load)
-        elif number is not None:
-            running = server.running_calls()
-            if running:
-                grace = server.settings.grace
-                log.info("stopping: %d running requests have %g seconds to end", running, grace)
-            server.stop()
-            return 0
+    while signals.wait() == SIGHUP:
+        reload(server, load)
+    running = server.running_calls()
+    if running:
+        grace = server.settings.grace
+        log.info("stopping: %d running requests have %g seconds to end", running, grace)
+    server.stop()
+    return 0
 
 
-def reload(server: Server, load: Callable[[], Settings]) -> bool:
-    """Reload the settings; False, and the old ones stay, if they are invalid."""
+def reload(server: Server, load: Callable[[], Settings]) -> None:
+    """Reload the settings; the old ones stay if they are invalid."""
     try:
         server.reload(load())
         log.warning("the settings were reloaded")
-        return True
     except Exception as error:
         log.error("the settings stay as they were: %s", error)
-        return False
 
 
 if __name__ == "__main__":

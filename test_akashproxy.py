@@ -1881,10 +1881,10 @@ def test_image_jobs_are_kept_for_a_while_and_not_without_end():
         return call
 
     for number in range(1500):
-        batches.join(call_of(number)).ended = True
-    assert len(batches.batches) == 1000 and not batches.find(call_of(0)).joined and batches.find(call_of(1499)).joined
+        batches.join(call_of(number)).cancellation = None
+    assert len(batches.batches) == 1000 and batches.find(call_of(0)) not in batches.batches and batches.find(call_of(1499)) in batches.batches
     clock.now += 601
-    assert not batches.find(call_of(1499)).joined
+    assert batches.find(call_of(1499)) not in batches.batches
 
 
 # == controllers: Akash's failures ============================================================
@@ -6511,7 +6511,7 @@ def test_a_socks_proxy_that_refuses(fake, pool, user, login, code, words):
     ({"ALL_PROXY": "socks5h://p"}, "https://a.b", "socks5h://p"), ({"HTTPS_PROXY": "http://p:1/", "ALL_PROXY": "socks://p:2/"}, "https://a.b", "http://p:1/"), ({"ALL_PROXY": "http://all:1", "HTTPS_PROXY": "http://p:1"}, "https://a.b", "http://p:1"),
     *(({"ALL_PROXY": "http://p:1", "NO_PROXY": no_proxy}, "https://api.b.example:8443/v1", "" if bypassed else "http://p:1") for no_proxy, bypassed in (
         ("*", True), ("b.example", True), (".b.example", True), ("*.b.example", True), ("x, B.Example", True), ("api.b.example:8443", True),
-        ("api.b.example:443", False), ("i.b.example", False), ("example.com", False), (",", False), ("10.0.0.0/8", False), (".", False))),
+        ("api.b.example:443", False), ("api.b.example:²", False), ("i.b.example", False), ("example.com", False), (",", False), ("10.0.0.0/8", False), (".", False))),
     *(({"ALL_PROXY": "http://p:1", "NO_PROXY": no_proxy}, "http://10.1.2.3", "" if bypassed else "http://p:1") for no_proxy, bypassed in (
         ("10.0.0.0/8", True), ("10.1.2.3", True), ("10.1.2.3:80", True), ("10.1.2.3:81", False), ("11.0.0.0/8", False), ("1.2.3", False))),
     *(({"ALL_PROXY": "socks://p:1/", "NO_PROXY": no_proxy}, "http://gpu.node1:8080", "" if bypassed else "socks://p:1/") for no_proxy, bypassed in (
@@ -8801,8 +8801,9 @@ def test_prometheus_reads_the_metrics(pool):
     wait_for(lambda: samples(server).get(("akashproxy_request_duration_seconds_count", "a")) == 2)
     families = {family.name: family for family in parser.text_string_to_metric_families(ask(server, path="/metrics").body.decode())}
     assert set(families) == {name[:-6] if name.endswith("_total") else name for name in akashproxy.METRICS}
-    for name, (kind, help, labels) in akashproxy.METRICS.items():
+    for name, (help, *labels) in akashproxy.METRICS.items():
         family = families[name[:-6] if name.endswith("_total") else name]
+        kind = "histogram" if name in akashproxy.BUCKETS else "counter" if name.endswith("_total") else "gauge"
         assert (family.type, family.documentation) == (kind, help)
         assert all(set(each.labels) - {"le"} == set(labels) for each in family.samples)
     buckets = [each.value for each in families["akashproxy_request_duration_seconds"].samples if each.name.endswith("_bucket")]
@@ -8811,7 +8812,7 @@ def test_prometheus_reads_the_metrics(pool):
 
 def test_every_series_is_in_the_readme():
     found = [(name, labels) for first, labels, *_ in table_rows("Metrics") for name in re.findall("`(.*?)`", first)]
-    assert sorted(found) == sorted((name, ", ".join(labels)) for name, (_, _, labels) in akashproxy.METRICS.items())
+    assert sorted(found) == sorted((name, ", ".join(labels)) for name, (_, *labels) in akashproxy.METRICS.items())
     assert set(re.findall(r"(?:akashproxy|process)_\w+?(?=_bucket|\b)", " ".join(ALARMS.values()))) <= set(akashproxy.METRICS)
 
 
@@ -11682,6 +11683,12 @@ def test_where_it_listens(environ, name, data, flags, listens, config, tmp_path,
     if data is not None:
         config(data, name)
     assert Settings.load(environ, flags).server_address == listens
+
+
+def test_an_invalid_port_of_the_environment_is_not_blamed_on_the_file(config):
+    with pytest.raises(ConfigError) as caught:
+        Settings.load({"CONFIG_FILE": config({"port": 1}), "PORT": "x"})
+    assert caught.value.problems == ["PORT: 'x' is not a valid port"]
 
 
 def test_the_readmes_docker_lines_mount_files_where_they_are_found():
