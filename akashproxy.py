@@ -8747,7 +8747,8 @@ class ChatCompletions(Dialect):
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 param = f"messages[{i}]"
                 raise bad_request(f"{param} must be an object with a 'role'.", param)
-            self.restore_ids(message)
+            if "tool_calls" in message or "tool_call_id" in message:
+                self.restore_ids(message)
         options = body.get("stream_options")
         if options is not None and not isinstance(options, dict):
             raise bad_request("'stream_options' must be an object.", "stream_options")
