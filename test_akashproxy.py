@@ -10712,7 +10712,7 @@ def script_patterns(script):
     for source, flags in found:
         pattern = (source.replace("(?<name", "(?P<name").replace("[^]", r"[\s\S]").replace(r"\/", "/"))
         pattern = re.sub(r"\(\?<(?=\w)", "(?P<", re.sub(r"\\k<(\w+)>", r"(?P=\1)", pattern))
-        yield source, pattern, re.M * ("m" in flags) | re.S * ("s" in flags), "findall"
+        yield source, pattern, re.M * ("m" in flags) | re.S * ("s" in flags), "finditer"      # a list of matches would cost more than they
 
 
 @pytest.fixture
