@@ -10860,24 +10860,22 @@ class Connection:
             self.submit(request, functools.partial(self.server.serve_request, request))
 
     def submit(self, request: Request, task: Callable[[], None]) -> None:
-        """Run a step of the request on a worker, once the loop has handled what is ready.
+        """Run a step of the request on a worker; reject or disconnect without one."""
 
-        A worker started earlier only waits for the interpreter's lock, which the loop holds: that
-        makes four switches of threads per request out of one.
-        """
-        self.loop.scheduled.append(functools.partial(self._submit, request, task))
+        def submit() -> None:
+            try:
+                self.server.submit(task)
+            except RuntimeError as error:  # the system allows no more threads
+                log_exhaustion("cannot handle a request", error)
+                if request.writer.status:
+                    self.disconnect()
+                else:
+                    self.reject()
+                self.end_request()
 
-    def _submit(self, request: Request, task: Callable[[], None]) -> None:
-        """Submit a task; reject or disconnect the client if no thread can be started."""
-        try:
-            self.server.submit(task)
-        except RuntimeError as error:  # the system allows no more threads
-            log_exhaustion("cannot handle a request", error)
-            if request.writer.status:
-                self.disconnect()
-            else:
-                self.reject()
-            self.end_request()
+        # Once the loop has handled what is ready: a worker that is started earlier only waits for
+        # the interpreter's lock, which makes four switches of threads per request out of one.
+        self.loop.scheduled.append(submit)
 
     def reject(self) -> None:
         """Send 503 and close: the server has no room for this client."""
@@ -10935,16 +10933,13 @@ class Connection:
         if first and not last:
             self.loop.call_soon_threadsafe(self.flush)
 
-    def has_room(self) -> bool:
-        return len(self.output) < self.HIGH_WATER
-
     def wait_for_room(self) -> None:
         """Block while output is above HIGH_WATER. Worker thread.
 
         Raises ClientDisconnected if the connection is closed.
         """
         with self.room:
-            self.room.wait_for(lambda: self.has_room() or self.state is CLOSED)
+            self.room.wait_for(lambda: len(self.output) < self.HIGH_WATER or self.state is CLOSED)
             if self.state is CLOSED:
                 raise ClientDisconnected("the client disconnected")
 
@@ -10971,15 +10966,6 @@ class Connection:
             callback, self.on_drained = self.on_drained, None
             callback()
         return True
-
-    def when_drained(self, callback: Callable[[], None]) -> None:
-        """Call back once all output is sent; end the request of a disconnected client."""
-        if self.state is CLOSED:
-            self.end_request()
-        elif self.output:
-            self.on_drained = callback
-        else:
-            callback()
 
     def _start_write_timeout(self) -> None:
         """Restart the write timeout: it bounds a stall, not the whole response."""
@@ -11109,6 +11095,19 @@ class Connection:
         else:
             self.loop.remove(self.sock)
         self.events = events
+
+
+def call_when_drained(connection: Connection, callback: Callable[[], None]) -> None:
+    """Call back once all output is sent. Loop thread.
+
+    If the client has disconnected, its request ends instead.
+    """
+    if connection.state is CLOSED:
+        connection.end_request()
+    elif connection.output:
+        connection.on_drained = callback
+    else:
+        callback()
 
 
 # == 17. relay ================================================================================
@@ -12414,11 +12413,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             for data in parts:
                 writer.write(data)
-                if not connection.has_room():
+                if len(connection.output) >= connection.HIGH_WATER:
                     step = functools.partial(self.run, functools.partial(self.send_parts, parts))
                     resume = functools.partial(connection.submit, self.request, step)
                     connection.loop.call_soon_threadsafe(
-                        functools.partial(connection.when_drained, resume)
+                        functools.partial(call_when_drained, connection, resume)
                     )
                     return True
             writer.finish()
