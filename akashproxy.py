@@ -6695,8 +6695,8 @@ class CallInProgress:
             self.opened = text.lstrip().startswith(("{", "["))
         if not self.opened:
             return len(text)
-        before, self.escape = len(self.escape), ""
-        for match in self._MARKS.finditer("\\" * before + text):
+        before, self.escape = self.escape, ""
+        for match in self._MARKS.finditer(before + text):
             mark = match[0]
             if mark == '"':
                 self.in_string = not self.in_string
@@ -6705,7 +6705,7 @@ class CallInProgress:
             elif mark in "{}[]" and not self.in_string:
                 self.depth += 1 if mark in "{[" else -1
                 if not self.depth:
-                    return match.end() - before
+                    return match.end() - len(before)
         return len(text)
 
 
@@ -7022,7 +7022,8 @@ class StreamEnd(NamedTuple):
 
     def matches(self, data: bytes, start: int = 0) -> Iterable["re.Match[bytes]"]:
         """Return the matches in data from an index on, which is the start of a line."""
-        found = [at for at in (data.find(hint, start) for hint in self.hints) if at >= 0]
+        # Mostly there is none, which find() notices in three times as long as rfind().
+        found = [data.find(hint, start) for hint in self.hints if data.rfind(hint, start) >= 0]
         line_start = data.rfind(b"\n", 0, min(found, default=0))
         return self.pattern.finditer(data, max(0, line_start)) if found else ()
 
