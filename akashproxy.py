@@ -2170,6 +2170,22 @@ class ChunkSizes(Dict[bytes, int]):
 CHUNK_SIZES = ChunkSizes()
 
 
+def split_plain_chunks(data: bytes) -> Tuple[List[bytes], List[bytes]]:
+    """Split chunked data at its line breaks, all at once.
+
+    Returns the payloads of complete chunks and the lines that follow; no payloads if a chunk has an
+    extension or contains a line break.
+    """
+    lines = data.rsplit(b"\r\n")  # in half the time of split()
+    chunks = lines[1:-1:2]
+    end = 2 * len(chunks)
+    sizes = map(CHUNK_SIZES.__getitem__, lines[:end:2])
+    # Only the last chunk is empty.
+    if all(chunks[:-1]) and list(map(len, chunks)) == list(sizes):
+        return chunks, lines[end:]
+    return [], lines
+
+
 def media_type(content_type: str) -> str:
     """Return a content type without its parameters, in lower case."""
     return content_type.partition(";")[0].strip(" \t").lower()
@@ -2234,9 +2250,9 @@ class BodyDecoder:
 
         size [;extension] CR LF data CR LF ... 0 CR LF trailers CR LF
         """
-        chunk = self.single_chunk(data)
-        if chunk:
-            return chunk
+        payload = self.complete_chunks(data)
+        if payload:
+            return payload
         scan_from = len(self.buffer)
         if scan_from:
             data, self.buffer = self.buffer + data, b""
@@ -2254,10 +2270,13 @@ class BodyDecoder:
                 untried = False
                 if at:
                     data, scan_from, at = data[at:], max(0, scan_from - at), 0
-                chunks, at = self._split_simple_chunks(data)
+                chunks, trailing = split_plain_chunks(data)
                 parts += chunks
-                if self.done:
-                    break
+                if chunks:
+                    at = len(data) - len(b"\r\n".join(trailing))
+                    self.done = not chunks[-1]
+                    if self.done:
+                        break
             end = data.find(b"\r\n", at)
             if end < 0:
                 self._save_partial(data[at:], max(0, scan_from - 1 - at))
@@ -2268,37 +2287,18 @@ class BodyDecoder:
             self.trailing_data = data[at:]
         return b"".join(parts) if len(parts) != 1 else parts[0]
 
-    def single_chunk(self, data: bytes) -> bytes:
-        """Payload of data that is exactly one plain chunk, as of a lone token; else b""."""
-        if (
-            not self.remaining
-            and not self.buffer
-            and self.state == "size"
-            and data.endswith(b"\r\n")
-        ):
-            size, _, chunk = data.partition(b"\r\n")
-            if len(chunk) - 2 == CHUNK_SIZES[size]:
-                return chunk[:-2]
-        return b""
+    def complete_chunks(self, data: bytes) -> bytes:
+        """Return the payload of data that is complete plain chunks, as of tokens; else b"".
 
-    def _split_simple_chunks(self, data: bytes) -> Tuple[List[bytes], int]:
-        """Split complete chunks at line breaks, all at once.
-
-        Returns the payloads and the index of their end in the data, or [] and 0 if a chunk has an
-        extension or contains a line break.
+        This changes no state: neither the beginning of another chunk nor the last one follows.
         """
-        parts = data.split(b"\r\n")
-        chunks = parts[1:-1:2]
-        sizes = parts[: 2 * len(chunks) : 2]
-        if (
-            not chunks
-            or b"" in chunks[:-1]
-            or list(map(len, chunks)) != list(map(CHUNK_SIZES.__getitem__, sizes))
-        ):
-            return [], 0
-        self.done = not chunks[-1]
-        trailing = parts[2 * len(chunks) :]
-        return chunks, len(data) - sum(map(len, trailing)) - 2 * (len(trailing) - 1)
+        if self.remaining or self.buffer or self.state != "size" or data[-5:] == b"0\r\n\r\n":
+            return b""
+        size, _, chunk = data.partition(b"\r\n")
+        if len(chunk) - 2 == CHUNK_SIZES[size] and chunk[-2:] == b"\r\n":
+            return chunk[:-2]
+        chunks, trailing = split_plain_chunks(data)
+        return b"".join(chunks) if trailing == [b""] and chunks and chunks[-1] else b""
 
     def _save_partial(self, data: bytes, scan_from: int) -> None:
         """Buffer an incomplete framing line; ProtocolError if it can't become valid."""
@@ -7023,17 +7023,23 @@ class StreamEnd(NamedTuple):
     def matches(self, data: bytes, start: int = 0) -> Iterable["re.Match[bytes]"]:
         """Return the matches in data from an index on, which is the start of a line."""
         # Mostly there is none, which find() notices in three times as long as rfind().
-        found = [data.find(hint, start) for hint in self.hints if data.rfind(hint, start) >= 0]
-        line_start = data.rfind(b"\n", 0, min(found, default=0))
-        return self.pattern.finditer(data, max(0, line_start)) if found else ()
+        hints = [hint for hint in self.hints if data.rfind(hint, start) >= 0]
+        found = [self._match_start(data, hint, start) for hint in hints]
+        return self.pattern.finditer(data, min(found)) if found else ()
+
+    def _match_start(self, data: bytes, hint: bytes, start: int) -> int:
+        """Return where the first match with a hint may begin: at a name, else with its line."""
+        at = data.find(hint, start)
+        return at if hint.startswith(b'"') else max(0, data.rfind(b"\n", 0, at))
 
     def mid_stream_length(self, data: bytes) -> int:
         """Return the length of typical events at the start of data; 0 if not all are."""
         for end in self.mid_stream:
             length = data.rfind(end) + len(end)
             if length >= len(end):  # each line break must belong to such an end
-                is_typical = data.count(b"\n", 0, length) == 2 * data.count(end, 0, length)
-                return length if is_typical else 0
+                events = data[:length]
+                breaks = length - len(events.replace(b"\n", b""))  # in half the time of count()
+                return length if breaks == 2 * events.count(end) else 0
         return 0
 
 
@@ -7201,7 +7207,6 @@ class PassthroughDecoder(Decoder):
 
     def _without_opening(self, data: bytes) -> bytes:
         """Hold data back until the first content; set ``error`` if an error comes instead."""
-        self.opening += data
         for line in DATA_LINE.finditer(data):
             value = line[1].strip()
             event = json_or_none(value) if value.startswith(b"{") else None
@@ -7215,9 +7220,10 @@ class PassthroughDecoder(Decoder):
             if self.error or self.started:
                 break
         if not self.started:
+            self.opening += data
             return b""
-        data, self.opening = bytes(self.opening), bytearray()
-        return data
+        opening, self.opening = self.opening, bytearray()
+        return bytes(opening) + data if opening else data
 
     def _error_in(self, event: Dict[str, Any]) -> Any:
         """Return the object with the error of an opening event; None without an error."""
@@ -11335,7 +11341,7 @@ class StreamRelay:
         encode = bytes if is_relayed else self.dialect.text_frame and self.dialect.token_frame
         usable = decoder.has_fast_path and encode and body.chunked and self.writer.chunked
         usable = usable and self.stream.response.content is None
-        self.fast_path = (body.single_chunk, decoder.fast_path, encode) if usable else ()
+        self.fast_path = (body.complete_chunks, decoder.fast_path, encode) if usable else ()
 
     def _deliver(self, events: List[Event]) -> None:
         """Send events to the client, or buffer them for a response that is not streamed."""
