@@ -3228,7 +3228,10 @@ class Step(Generic[Input]):
         return []
 
     def fast_path(self, data: bytes) -> bytes:
-        """Return what is sent for data that is one token and needs no parsing, else b""."""
+        """Return what is sent for data in the middle of a stream that needs no parsing, else b"".
+
+        Of text that is its JSON string.
+        """
         return b""
 
     def is_passthrough(self, text: str) -> bool:
@@ -5777,7 +5780,7 @@ _ADDRESS = re.compile(
 )
 # fmt: on
 
-_SINGLE_TEXT = re.compile(rb'0:("[ !#-\[\]-~]+")\n')  # ASCII without escapes
+_PLAIN_TEXTS = re.compile(rb'(?:0:"[ !#-\[\]-~]+"\n)+')  # ASCII without escapes
 _NO_TEXT_PART = re.compile(rb"\n(?!0:)([^\n]*)")  # splits text parts in a row from other lines
 
 
@@ -5814,13 +5817,15 @@ class AkashDecoder(Decoder):
 
     def __init__(self, model: str = "", secrets: Iterable[str] = ()) -> None:
         self.model, self.secrets = model, secrets
+        # Of the instance: a token reads them, and an attribute of the class takes longer.
+        self.complete, self.error = False, None
         self.buffer = bytearray()  # an incomplete line
         self.tool_count = 0
 
     def feed(self, data: bytes) -> List[Event]:
-        single = self.fast_path(data)
-        if single:
-            return [Text(single[1:-1].decode())]
+        texts = self.fast_path(data) if data.endswith(b'"\n') else b""
+        if texts:
+            return [Text(texts[1:-1].decode())]
         out: List[Event] = []
         for part in _NO_TEXT_PART.split(b"\n" + take_complete_lines(self.buffer, data)):
             if self.complete or self.error:
@@ -5836,11 +5841,10 @@ class AkashDecoder(Decoder):
         return out
 
     def fast_path(self, data: bytes) -> bytes:
-        """Return the JSON string of data that is exactly one plain text part, else b""."""
-        if self.buffer or self.complete or self.error:
+        """Return the JSON string of data that is plain text parts only, else b""."""
+        if self.buffer or self.complete or self.error or not _PLAIN_TEXTS.fullmatch(data):
             return b""
-        match = _SINGLE_TEXT.fullmatch(data)
-        return match[1] if match else b""
+        return data[2:-1].replace(b'"\n0:"', b"")
 
     def close(self) -> List[Event]:
         """Handle the end of the response body; an error unless Finish was received."""
@@ -7153,7 +7157,8 @@ class PassthroughDecoder(Decoder):
             self.error = truncated(self.upstream_name, "sent a line that is too long, or no answer")
         if not data:
             return []
-        data = self._find_end(self.rename(data), typical)
+        if typical < len(data):
+            data = self._find_end(self.rename(data), typical)
         self._note(data, typical)
         return [RawBytes(data, self._usage() if self.complete else None)]
 
@@ -7216,6 +7221,9 @@ class PassthroughDecoder(Decoder):
         """Hold data back until the first content; set ``error`` if an error comes instead."""
         for line in DATA_LINE.finditer(data.replace(b"\r", b"\n")):
             value = line[1].strip()
+            if TOKEN.search(value) and value.find(b'"error') < 0:  # the rule; it need not be parsed
+                self.started = True
+                break
             event = json_or_none(value) if value.startswith(b"{") else None
             failure = None if event is None else self._error_in(event)
             if value == b"[DONE]":
@@ -7261,6 +7269,7 @@ class PassthroughDecoder(Decoder):
 
 FIRST_KEY = re.compile(rb"data:\s{0,9}\{\s{0,9}")  # what precedes it in a line
 DATA_LINE = re.compile(rb"(?:^|\n|^\xef\xbb\xbf)(?:data|error):(.*)(?=\n)")
+TOKEN = re.compile(rb'"delta":\s?\{"(?:content|reasoning_content|reasoning)":\s?"[^"]')
 OPENING_TYPES = re.compile(
     r"ping|keepalive|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)"
 )
