@@ -2288,9 +2288,9 @@ class BodyDecoder:
         return b"".join(parts) if len(parts) != 1 else parts[0]
 
     def complete_chunks(self, data: bytes) -> bytes:
-        """Return the payload of data that is complete plain chunks, as of tokens; else b"".
+        """Return the payload of data that is complete plain chunks; else b"".
 
-        This changes no state: neither the beginning of another chunk nor the last one follows.
+        As of tokens. The state does not change: neither a part of a chunk nor the last one follows.
         """
         if self.remaining or self.buffer or self.state != "size" or not data.endswith(b"\r\n"):
             return b""
@@ -3228,9 +3228,9 @@ class Step(Generic[Input]):
         return []
 
     def fast_path(self, data: bytes) -> bytes:
-        """Return what is sent for data in the middle of a stream that needs no parsing, else b"".
+        """Return what is sent for data that needs no parsing, else b"".
 
-        Of text that is its JSON string.
+        It is in the middle of a stream; text is returned as a JSON string.
         """
         return b""
 
@@ -7038,7 +7038,7 @@ class StreamEnd(NamedTuple):
         return self.pattern.finditer(data, min(found)) if found else ()
 
     def _match_start(self, data: bytes, hint: bytes, start: int) -> int:
-        """Return where the first match with a hint may begin: at a name, else with its line."""
+        """Return where the first match with a hint may begin: a name, or its line."""
         at = data.find(hint, start)
         return at if hint.startswith(b'"') else max(0, data.rfind(b"\n", 0, at))
 
@@ -7142,8 +7142,6 @@ class PassthroughDecoder(Decoder):
         self.tail = b"\n\n"  # of what has been passed on, except mid-stream parts
 
     def feed(self, data: bytes) -> List[Event]:
-        if self.fast_path(data):
-            return [RawBytes(data)]
         if self.buffer or not data.endswith(b"\n"):
             data = take_complete_lines(self.buffer, data)
         if not self.started:
@@ -7179,8 +7177,7 @@ class PassthroughDecoder(Decoder):
             self.started
             and not self.buffer
             and data.endswith(self.mid_stream)
-            and data.find(b'"error')
-            < 0  # ``in`` takes four times as long: it tries an integer first
+            and data.rfind(b'"error') < 0
             and (data.find(b"\n") == len(data) - 2 or self.end.mid_stream_length(data) == len(data))
         ):
             return data
@@ -7221,7 +7218,7 @@ class PassthroughDecoder(Decoder):
         """Hold data back until the first content; set ``error`` if an error comes instead."""
         for line in DATA_LINE.finditer(data.replace(b"\r", b"\n")):
             value = line[1].strip()
-            if TOKEN.search(value) and value.find(b'"error') < 0:  # the rule; it need not be parsed
+            if TOKEN.search(value) and value.find(b'"error') < 0:  # nearly always: no need to parse
                 self.started = True
                 break
             event = json_or_none(value) if value.startswith(b"{") else None
@@ -11323,7 +11320,8 @@ class StreamRelay:
                 # Nearly every read of a live stream is one chunk that holds one token. To relay it
                 # without events saves a quarter of its CPU time.
                 unframe, parse, encode = self.fast_path
-                token = parse(unframe(data))
+                payload = unframe(data)
+                token = payload and parse(payload)
                 if token:
                     self.scope.deadline = self.loop.now + self.idle_timeout
                     if not self.writer.write_chunk(encode(token)):
@@ -12979,7 +12977,10 @@ def log_access(request: Request, now: float) -> None:
 
 
 def access_log_record(level: int, message: str, facts: Dict[str, Any]) -> logging.LogRecord:
-    """Copy a LogRecord: to make one costs 5 % of a small request's CPU time, for file names."""
+    """Return a record of the access log.
+
+    It is a copy: to make one takes 5 % of a small request's CPU time, as logging splits file names.
+    """
     record = logging.LogRecord.__new__(logging.LogRecord)
     created = time.time()
     record.__dict__.update(
