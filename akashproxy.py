@@ -11748,7 +11748,7 @@ def is_event_stream(content_type: Optional[str]) -> bool:
     return content_type is None or content_type.startswith("text/event-stream")
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def header_lines(*headers: Tuple[str, str]) -> str:
     """Return the lines of headers; what is not printable ASCII becomes "?"."""
     lines = [f"{name}: {value}" for name, value in headers]
