@@ -1169,11 +1169,6 @@ def http_url(text: str) -> str:
     return text.rstrip("/")
 
 
-def upstream_url(text: str) -> str:
-    """Check the URL of an upstream, or the word openai. Raises ValueError."""
-    return text if text == "openai" else http_url(text)
-
-
 def path_prefix(text: str) -> str:
     """Check /PATH and strip its trailing slash; empty for none. Raises ValueError."""
     if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)*/?", text):
@@ -1466,7 +1461,7 @@ class Settings(ValidatedSettings):
         (),
         "URLs of OpenAI-compatible upstreams, comma-separated, instead of a file's controllers; "
         "openai: OPENAI_BASE_URL or OpenAI's own, with OPENAI_API_KEY",
-        upstream_url,
+        lambda text: text if text == "openai" else http_url(text),
     )
     pool_type: str = setting(
         "balanced",
@@ -1634,8 +1629,7 @@ class Settings(ValidatedSettings):
         values = {**values, **overrides}
         upstreams = values.get("upstream")
         if upstreams:
-            with collecting_errors(problems, "upstream"):
-                values["controllers"] = [upstream_controller(text, environ) for text in upstreams]
+            values["controllers"] = [upstream_options(url, environ, problems) for url in upstreams]
         for name, colon in ("PORT", ":"), ("DEFAULT_SERVER_ADDRESS", ""):
             if environ.get(name) and "server_address" not in values:
                 with collecting_errors(problems, name):
@@ -1649,7 +1643,7 @@ class Settings(ValidatedSettings):
     def pool(self) -> List[ControllerSettings]:
         """Controllers with names and defaults filled in; Akash Chat if none is configured."""
         pool: List[ControllerSettings] = []
-        upstreams = [upstream_controller(text, {}) for text in self.upstream]
+        upstreams = [upstream_options(url, {}, []) for url in self.upstream]
         for options in self.controllers or upstreams or [ControllerSettings(type="akash")]:
             taken = {other.name for other in pool}
             base = options.name or options.type
@@ -1697,21 +1691,24 @@ def is_openai_server(url: str) -> bool:
     return not url or host == "api.openai.com" or host.endswith(".api.openai.com")
 
 
-def upstream_controller(text: str, environ: Dict[str, str]) -> ControllerSettings:
-    """Settings of the controller for a value of UPSTREAM. Raises ValueError.
+def upstream_options(url: str, environ: Dict[str, str], problems: List[str]) -> ControllerSettings:
+    """Settings of the controller for a value of UPSTREAM.
 
     OPENAI_API_KEY is sent to OpenAI's own hosts only and, for the word "openai", to that of
     OPENAI_BASE_URL, which OpenAI's SDKs use with this key, too. It may be missing for the latter.
     """
-    openai = text == "openai"
-    base_url = environ.get("OPENAI_BASE_URL", "") if openai else text
-    base_url = http_url(base_url) if base_url else ""
-    own = is_openai_server(base_url)
+    openai = url == "openai"
+    base_url = environ.get("OPENAI_BASE_URL", "") if openai else url
+    values: Dict[str, Any] = {}
+    with collecting_errors(problems, "OPENAI_BASE_URL"):
+        values["base_url"] = base_url and http_url(base_url)
+    own = is_openai_server(values.get("base_url", "other"))
     key = environ.get("OPENAI_API_KEY", "") if openai or own else ""
     if own and environ and not key:
-        raise ValueError(f"{text} needs OPENAI_API_KEY, which is not set")
-    source = "OPENAI_API_KEY" if key else ""
-    return ControllerSettings(base_url=base_url, api_key=key, key_source=source)
+        problems.append(f"upstream: {url} needs OPENAI_API_KEY, which is not set")
+    with collecting_errors(problems, "OPENAI_API_KEY"):
+        values["api_key"], values["key_source"] = header_value(key), "OPENAI_API_KEY" * bool(key)
+    return ControllerSettings(**values)
 
 
 def url_origin(url: str) -> Tuple[str, Optional[str], int]:
@@ -1971,7 +1968,7 @@ def from_text(item: Any, text: str) -> Any:
             raise ValueError(f"{text!r} is not a whole number")
         return int(text)
     if item.type == "float":
-        if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
+        if not re.fullmatch(r"[0-9]{1,15}(\.[0-9]+)?", text):
             raise ValueError(f"{text!r} is not a number of seconds")
         return float(text)
     if item.type == "str":
@@ -2573,7 +2570,7 @@ class DeadlineSocket(socket.socket):
         return size
 
     def _limit(self) -> None:
-        self.settimeout(max(0.001, self.deadline - time.monotonic()))
+        self.settimeout(min(max(0.001, self.deadline - time.monotonic()), threading.TIMEOUT_MAX))
 
 
 def connect_within(

@@ -917,6 +917,7 @@ BAD_SETTINGS = {
     "CONNECT_TIMEOUT=0.0": "CONNECT_TIMEOUT: must be greater than 0",
     "IDLE_TIMEOUT=-1": "IDLE_TIMEOUT: '-1' is not a number of seconds",
     "IDLE_TIMEOUT=nan": "not a number",
+    "IDLE_TIMEOUT=" + "9" * 400: "is not a number of seconds",
     "MAX_BODY=1e9": "MAX_BODY: '1e9' is not a whole number",
     "BEARER_TOKEN=a,,b": "BEARER_TOKEN: must not be empty",
     "BEARER_TOKEN=,": "BEARER_TOKEN: must not be empty",
@@ -2750,6 +2751,12 @@ def test_a_bad_key_of_the_environment_is_one_mistake_of_several(config):
         load(config({"max_wait": "x", "controllers": [{"type": "openai"}]}), OPENAI_API_KEY="\u00e9")
     assert len(caught.value.problems) == 2
     assert "OPENAI_API_KEY: only printable ASCII" in str(caught.value) and "max_wait" in str(caught.value)
+
+
+def test_openais_variables_are_named_among_other_mistakes():
+    with pytest.raises(ConfigError) as caught:
+        Settings.load({"UPSTREAM": "openai", "OPENAI_API_KEY": "a\nb", "OPENAI_BASE_URL": "x", "PORT": "x", "MAX_WAIT": "x"})
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == ["MAX_WAIT", "OPENAI_BASE_URL", "OPENAI_API_KEY", "PORT"]
 
 
 def test_what_wins_over_what(config):
