@@ -213,8 +213,8 @@ __all__ = [
     "main", "Settings", "ControllerSettings", "ConfigError", "Server", "Handler",
     "Controller", "CONTROLLERS", "Call", "APIError", "Category",
     "Transport", "EventStream", "BufferedBody", "AkashDecoder",
-    "Event", "Text", "Reasoning", "TextWasReasoning", "ToolCall", "Image", "ImageProgress",
-    "Finish", "RawBytes", "fold",
+    "Event", "Text", "Refusal", "Reasoning", "TextWasReasoning", "ToolCall", "Image",
+    "ImageProgress", "Finish", "RawBytes", "fold",
 ]
 # fmt: on
 
@@ -720,6 +720,11 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Refusal(Text):
+    """A fragment of the words in which the model refuses to answer."""
+
+
+@dataclass(frozen=True)
 class Reasoning:
     """A fragment of the model's reasoning."""
 
@@ -1037,22 +1042,20 @@ class Answer:
     tools: List[ToolCall] = field(default_factory=list)
     images: List[Image] = field(default_factory=list)
     finish: Finish = Finish("stop")
+    refusal_text: str = ""
 
 
 def fold(events: Iterable[Event]) -> Answer:
     """Join the events of an answer; bytes that are passed through are left out."""
     answer = Answer()
-    text: List[str] = []
-    reasoning: List[str] = []
+    texts: Dict[Type[Event], List[str]] = {Text: [], Refusal: [], Reasoning: []}
     tools: Dict[str, List[ToolCall]] = {}
     for event in events:
-        if isinstance(event, Text):
-            text.append(event.text)
-        elif isinstance(event, Reasoning):
-            reasoning.append(event.text)
+        if isinstance(event, (Text, Reasoning)):
+            texts[type(event)].append(event.text)
         elif isinstance(event, TextWasReasoning):
-            reasoning.append("".join(text).rstrip("\n"))
-            text.clear()
+            texts[Reasoning].append("".join(texts[Text]).rstrip("\n"))
+            texts[Text].clear()
         elif isinstance(event, ToolCall):
             # A string as key: an upstream could choose integers with equal hashes.
             tools.setdefault("%x" % event.index, []).append(event)
@@ -1060,20 +1063,15 @@ def fold(events: Iterable[Event]) -> Answer:
             answer.images.append(event)
         elif isinstance(event, Finish):
             answer.finish = event
-    answer.text, answer.reasoning = "".join(text), "".join(reasoning)
+    answer.text, answer.refusal_text, answer.reasoning = map("".join, texts.values())
     answer.tools = sorted(map(join_tool_call, tools.values()), key=lambda call: call.index)
     return answer
 
 
 def join_tool_call(fragments: List[ToolCall]) -> ToolCall:
     """Join the fragments of one tool call."""
-    return ToolCall(
-        fragments[0].index,
-        "".join(fragment.arguments for fragment in fragments) or "{}",
-        next((fragment.id for fragment in fragments if fragment.id), None),
-        next((fragment.name for fragment in fragments if fragment.name), None),
-        next((fragment.extra for fragment in fragments if fragment.extra), None),
-    )
+    arguments = "".join(fragment.arguments for fragment in fragments) or "{}"
+    return dataclasses.replace(fragments[0], arguments=arguments)
 
 
 # == 4. settings ==============================================================================
@@ -3744,7 +3742,9 @@ class StopFilter(TextFilter):
                 self.stopped = True
                 self.out.append(Finish("stop", stop_sequence=stop))
         else:
-            end = len(text) - max(partial_match_length(text, stop) for stop in self.stops)
+            end = len(text)
+            if token_units(text) <= self.budget:
+                end -= max(partial_match_length(text, stop) for stop in self.stops)
             self.pending = text[end:]
             self.pass_on(Text(text[:end]))
 
@@ -3806,12 +3806,6 @@ def estimate_tokens(value: Any) -> int:
 def tokens_of(units: int) -> int:
     """Estimate the tokens in so many token_units(): twice the lower bound."""
     return units * 2 // UNITS_PER_TOKEN + 1
-
-
-def event_units(event: Event) -> int:
-    """Units of what an event adds to an answer."""
-    name = event.name or "" if isinstance(event, ToolCall) else ""
-    return token_units(name + text_of(event))
 
 
 def truncate_to(text: str, budget: float) -> str:
@@ -4979,7 +4973,9 @@ def error_fields(body: Any, depth: int = 6) -> Dict[str, Any]:
         return error_fields(parsed, depth - 1) if is_object else {"message": body}
     fields: Dict[str, Any] = as_dict(body)
     names = ("error", "errors", "base_resp")  # the last one is MiniMax's
-    inner, message = next(filter(None, map(fields.get, names)), None), fields.get("message")
+    choice = as_dict(next(iter(as_list(fields.get("choices"))), None))  # OpenRouter's
+    given = (*map(fields.get, names), choice.get("error"))
+    inner, message = next(filter(None, given), None), fields.get("message")
     if isinstance(message, str) and not isinstance(inner, (dict, list)):
         # {"statusCode": 401, "error": "Unauthorized", "message": "..."}, or the body of another
         # provider as the message
@@ -5154,11 +5150,12 @@ def retry_after_seconds(
     None if no wait is given or it can't be parsed.
     """
     named = (_delay_of(name, value, now) for name, value in headers.items())
+    stated = _DELAY_IN_MESSAGE.search(message[:4000])
     delays = [
         min((delay for delay in named if delay is not None), default=None),
         _delay_from_headers(headers, now) if limit else None,
         _delay_from_body(body, now),
-        _delay_from_message(message),
+        total_seconds(stated[1].lower()) or None if stated else None,
     ]
     seconds = next((delay for delay in delays if delay is not None), None)
     return None if seconds is None else min(max(1.0, seconds), MAX_RETRY_AFTER)
@@ -5247,18 +5244,12 @@ def _delay_of(name: str, value: Any, now: Callable[[], float]) -> Optional[float
     return seconds_from_now(value, now, 0.001 if name.endswith("ms") else 1) if is_delay else None
 
 
-_DELAY_IN_MESSAGE = re.compile(
+_DELAY_IN_MESSAGE = re.compile(  # "try again in 7m30.5s", "Please retry after 2 minutes"
     r"(?:(?:try|retry|again)[a-z ]{0,30} (?:in|after)|wait(?: for| at least)?|resets? (?:in|after))"
     r" (?:about |around |approximately )?"
     r"((?:[0-9]{1,9}(?:\.[0-9]{1,20})? ?(?:[a-z]{1,12})?(?:,? and |, | )?){1,4})",
     re.I,
 )
-
-
-def _delay_from_message(message: str) -> Optional[float]:
-    """Seconds in "try again in 7m30.5s" or "Please retry after 2 minutes"."""
-    match = _DELAY_IN_MESSAGE.search(message[:4000])
-    return total_seconds(match[1].lower()) or None if match else None
 
 
 def total_seconds(text: str) -> float:
@@ -6549,9 +6540,9 @@ class ChatDecoder(Decoder):
         data: {"error":{"message":"..."}}                       error
         data: [DONE]                                            Finish; optional
 
-    Events without data, whose data is JSON but no object, or of a type that is not "message" and
-    without JSON (a ping) are skipped. Only choice 0 is decoded. The "reasoning_details" of
-    OpenRouter go with the next tool call, in its ``extra``.
+    Events without data, whose data is JSON but no object, and without JSON of a type that is not
+    "message" (a ping) or after a finish_reason are skipped. Only choice 0 is decoded. The
+    "reasoning_details" of OpenRouter go with the next tool call, in its ``extra``.
     """
 
     LINE_LIMIT = 16 << 20  # bytes
@@ -6565,8 +6556,8 @@ class ChatDecoder(Decoder):
         self.usage: Dict[str, Any] = {}  # as the upstream has sent it
 
     def feed(self, data: bytes) -> List[Event]:
-        out = self._decode(self.lines.feed(data))
-        lines = self.lines
+        out, lines = self._decode(self.lines.feed(data)), self.lines
+        self.started = self.started or bool(out)
         if (lines.data or lines.buffer) and lines.size + len(lines.buffer) > self.LINE_LIMIT:
             self.error = truncated(self.upstream_name, "sent an event that is too long")
         return out
@@ -6605,7 +6596,10 @@ class ChatDecoder(Decoder):
             self._finish(out)
             return
         event = json_or_none(data)
-        is_message = event_type in (b"", b"message", b"error")
+        if event_type == b"error" and data:
+            failure = data if event is None else event
+            raise error_from_body(self.upstream_name, 200, failure, self.secrets)
+        is_message = event_type in (b"", b"message") and self.reason is None
         if event is None and is_message and data not in (b"", b"null"):
             raise truncated(self.upstream_name, "sent an event that is not JSON")
         if isinstance(event, dict):
@@ -6619,11 +6613,10 @@ class ChatDecoder(Decoder):
         if usage:
             self.usage = merge_counts(self.usage, as_dict(usage))
         for choice in map(as_dict, as_list(body.get("choices"))):
-            if choice.get("error"):
-                raise error_from_body(self.upstream_name, 200, choice, self.secrets)
             if not choice.get("index"):
-                message = choice.get(key, choice.get("message"))  # some stream whole completions
-                message = as_dict(message) or {"content": choice.get("text")}
+                # Some stream a whole completion; others, such as MiniMax, repeat it at the end.
+                full = None if out or self.started else choice.get("message")
+                message = as_dict(choice.get(key, full)) or {"content": choice.get("text")}
                 if "reasoning_details" in message:
                     self.calls.add_details(message["reasoning_details"])
                 for each in message_events(message):
@@ -6632,7 +6625,7 @@ class ChatDecoder(Decoder):
                     else:
                         out.append(each)
                 reason = as_str(choice.get("finish_reason"))
-                self.reason = self.reason if reason in ("", "null") else reason
+                self.reason = self.reason if reason in ("", "null", "None") else reason
                 for name in ("stop_reason", "matched_stop"):  # vLLM's and SGLang's
                     self.stop_sequence = as_str(choice.get(name)) or self.stop_sequence
 
@@ -6686,6 +6679,11 @@ class CallInProgress:
         self.size += len(text)
         return text
 
+    def differs(self, text: str) -> bool:
+        """Whether text begins an object other than the arguments, which are complete."""
+        self.arguments = ["".join(self.arguments)]
+        return text[:1] == "{" and text != "{}" and not self.arguments[0].startswith(text)
+
     def _scan(self, text: str) -> int:
         """Return how much of a fragment belongs to the object; all of it if there is none."""
         if not self.size:
@@ -6709,13 +6707,13 @@ class CallInProgress:
 class ToolCallAssembler:
     """Numbers tool calls and joins their fragments, however a server labels them.
 
-    A fragment belongs to the call with its ID; else to the latest call of its index, or if the
-    index is new and the fragment has no name, to the latest call of all. It begins a call instead
-    if there is none, or if it has a name and that call
+    A fragment belongs to the latest call with its ID; else to that of its index, or if the index is
+    new and the fragment has no name, to the latest call of all. It begins a call instead if there
+    is none, or if it has a name and that call
 
     * has another name, or
     * has another ID, and its arguments are complete or have not begun, or
-    * has complete arguments, and the fragment has no ID.
+    * has complete arguments, and the fragment has no ID or begins other ones.
 
     So a new ID alone begins nothing: some servers send one with each fragment. A call is passed on
     from its name on, which may come after its ID; ID and name are sent once.
@@ -6732,8 +6730,10 @@ class ToolCallAssembler:
 
     def add(self, fragment: ToolCall, is_complete: bool = False) -> List[Event]:
         """Return the events of a fragment. APIError if there are too many calls."""
-        call = None if is_complete else self._find(fragment)
-        if call is None or self._begins_another(call, fragment):
+        call = self.by_id.get(fragment.id or "") or self.by_index.get(fragment.index)
+        if not (call or fragment.name or fragment.id):
+            call = self.latest
+        if is_complete or call is None or self._begins_another(call, fragment):
             call = self._begin(fragment)
         self.by_index[fragment.index] = self.latest = call
         if call.id is None and fragment.id:
@@ -6776,11 +6776,6 @@ class ToolCallAssembler:
         is_opaque = any(detail.get("data") or detail.get("signature") for detail in details)
         return {"reasoning_details": details} if is_opaque and self.details_room >= 0 else {}
 
-    def _find(self, fragment: ToolCall) -> Optional[CallInProgress]:
-        """Return the call that a fragment may continue."""
-        call = self.by_id.get(fragment.id or "") or self.by_index.get(fragment.index)
-        return call or (None if fragment.name or fragment.id else self.latest)
-
     @staticmethod
     def _begins_another(call: CallInProgress, fragment: ToolCall) -> bool:
         if not fragment.name or call.name is None:
@@ -6789,25 +6784,25 @@ class ToolCallAssembler:
             return True
         if fragment.id and call.id and fragment.id != call.id:
             return call.complete or not call.opened
-        return not fragment.id and call.complete
+        return call.complete and (not fragment.id or call.differs(fragment.arguments))
 
     def _begin(self, fragment: ToolCall) -> CallInProgress:
         if len(self.calls) == MAX_TOOL_CALLS:
             raise too_many_calls(self.upstream_name)
         call = CallInProgress(len(self.calls))
         self.calls.append(call)
-        if fragment.id in self.by_id:  # two calls with one ID: the dialects make one for the second
-            call.id = ""
+        if fragment.id and fragment.id in self.by_id:  # the dialects make another ID
+            call.id, self.by_id[fragment.id] = "", call
         return call
 
 
-# Of a message, by rank.
 # fmt: off
-REASONING_FIELDS = (
+REASONING_FIELDS = (  # of a message, by rank
     "reasoning_content", "reasoning", "reasoning_text", "thinking", "reasoning_details",
 )
 # fmt: on
-CALL_FIELDS = ("index", "id", "type", "function")  # of a tool call; others are the upstream's own
+# Of a tool call, some of which may have no "function"; other fields are the upstream's own.
+CALL_FIELDS = ("index", "id", "type", "function", "name", "arguments", "parameters")
 
 
 def message_events(message: Dict[str, Any]) -> List[Event]:
@@ -6815,7 +6810,7 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
     events: List[Event] = []
     images = as_list(message.get("images"))  # OpenRouter's and LiteLLM's
     reasoning = next((message[name] for name in REASONING_FIELDS if message.get(name)), None)
-    content = message.get("content") or message.get("refusal")
+    content, declined = message.get("content"), as_str(message.get("refusal"))
     content = content or as_dict(message.get("audio")).get("transcript")
     if isinstance(content, (list, dict)):
         parts = content if isinstance(content, list) else [content]
@@ -6827,6 +6822,8 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
         events.append(Reasoning(reasoning))
     if isinstance(content, str) and content:
         events.append(Text(content))
+    elif declined:
+        events.append(Refusal(declined))
     for image in images:
         source = as_dict(image).get("image_url")
         url = as_str(as_dict(source).get("url", source))
@@ -6836,11 +6833,12 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
     if isinstance(message.get("function_call"), dict):
         calls = [{"index": 0, "function": message["function_call"]}]
     for position, call in enumerate(map(as_dict, calls)):
-        function, index = as_dict(call.get("function")), count_or_none(call.get("index"))
-        arguments = function.get("arguments") or ""
+        function = as_dict(call.get("function")) or call
+        arguments = function.get("arguments") or function.get("parameters") or ""
+        index = str(call.get("index")).removesuffix(".0")
         events.append(
             ToolCall(
-                position if index is None or index >= 1 << 31 else index,
+                int(index) if re.fullmatch("[0-9]{1,9}", index) else position,
                 arguments if isinstance(arguments, str) else _encode(arguments),
                 name_or_none(call.get("id")),
                 name_or_none(function.get("name")),
@@ -6878,11 +6876,13 @@ def name_or_none(value: Any) -> Optional[str]:
 FINISH_REASONS: List[Tuple[str, str]] = [
     ("stop",           r"^(?:stop|eos|end|done|complete)"),
     ("error",          r"error|fail|abort|cancel|malformed|unexpected|overload|timeout|timed_out"
-                       r"|rate_limit|resource|unavailable|interrupt|network|exhausted|quota|kill"
-                       r"|out_of_memory|shutdown|deadline|preempt|missing|too_many"),
+                       r"|rate_limit|resource|unavailable|interrupt|network|exhausted|quota|kill|^oom"
+                       r"|out_of_|shutdown|deadline|preempt|missing|too_many|insufficient|busy"
+                       r"|credit|load_shed|internal|crash|disconnect|lost"),
     ("length",         r"length|token|context|limit"),
     ("content_filter", r"filter|safety|sensitive|refus|block|prohibit|moderat|policy|recitation"
-                       r"|spii|guardrail|inspect|violat|armor|flagged|risk"),
+                       r"|spii|guardrail|inspect|violat|armor|flagged|risk|harmful|nsfw|abus"
+                       r"|danger|complian|toxic|censor"),
     ("tool_calls",     r"tool|function"),
     ("stop",           r""),
 ]
@@ -6938,8 +6938,7 @@ def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
     if fields.get("prompt_tokens") is None:  # Anthropic counts cached tokens apart
         for name in ("cache_read_input_tokens", "cache_creation_input_tokens"):
             prompt += count_or_none(fields.get(name)) or 0
-    total = counts.get("total_tokens")
-    total = prompt + completion if total is None else total
+    total = counts.get("total_tokens") or prompt + completion
     reasoning = counts.get("reasoning_tokens")
     if reasoning and total == prompt + completion + reasoning:
         completion += reasoning  # xAI and others count reasoning apart
@@ -7200,9 +7199,11 @@ class PassthroughDecoder(Decoder):
         """Hold data back until the first content; set ``error`` if an error comes instead."""
         self.opening += data
         for line in DATA_LINE.finditer(data):
-            value = line[1].strip()
+            value = line[2].strip()
             event = json_or_none(value) if value.startswith(b"{") else None
             failure = None if event is None else self._error_in(event)
+            if line[1] != b"data":  # an event of the type "error"
+                failure = failure or event or value
             if value == b"[DONE]":
                 self.error = truncated(self.upstream_name, "ended its answer before it began")
             elif failure:
@@ -7244,7 +7245,9 @@ class PassthroughDecoder(Decoder):
 
 
 FIRST_KEY = re.compile(rb"data:\s{0,9}\{\s{0,9}")  # what precedes it in a line
-DATA_LINE = re.compile(rb"(?:^|[\r\n]|^\xef\xbb\xbf)(?:data|error):([^\r\n]*)(?=[\r\n])")
+DATA_LINE = re.compile(
+    rb"(?:^|[\r\n]|^\xef\xbb\xbf)(event: ?error(?:\r\n|[\r\n])data|data|error):([^\r\n]*)(?=[\r\n])"
+)
 OPENING_TYPES = re.compile(
     r"ping|keepalive|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)"
 )
@@ -7269,20 +7272,15 @@ def is_error(body: Any) -> bool:
     """Whether a JSON body that came with status 200 is an error instead of an answer."""
     body = as_dict(body[0] if isinstance(body, list) and body else body)
     if body.get("object") == "response" or any(map(body.get, _ANSWER_FIELDS)):
-        return False
+        return any(as_dict(choice).get("error") for choice in as_list(body.get("choices")))
     names_error = "error" in (body.get("object"), body.get("type"))
     return bool(body.get("error") or body.get("errors") or names_error)
 
 
 def is_chat_error(body: Dict[str, Any]) -> bool:
     """Whether a completion or an event is an error, maybe just a code and words."""
-    has_words = not body.get("choices") and has_error_words(body)
+    has_words = not body.get("choices") and error_words(error_fields(body)) != ""
     return bool(body.get("error")) or is_error(body) or has_words
-
-
-def has_error_words(body: Any) -> bool:
-    """Whether a JSON body has a message of an error."""
-    return error_words(error_fields(body)) != ""
 
 
 def replace_form_model(call: Call, name: str) -> bytes:
@@ -7456,7 +7454,7 @@ class OpenAIController(Controller):
             body = json_or_none(data)
             items = as_list(as_dict(body).get(field.decode()))
             is_answer = not field or as_dict(next(iter(items), None)) != {}
-            has_words = not is_answer and has_error_words(body)
+            has_words = not is_answer and error_words(error_fields(body)) != ""
             is_cut_off = body is None and text[1:].lstrip().startswith(b'"error"')
             if is_error(body) or has_words or is_cut_off:
                 raise error_from_body(self.name, 200, data if body is None else body, self.secrets)
@@ -8620,7 +8618,8 @@ class Dialect:
         elif isinstance(event, RawBytes):
             self.usage = event.usage or self.usage
         else:
-            self.output_units += event_units(event)
+            name = event.name or "" if isinstance(event, ToolCall) else ""
+            self.output_units += token_units(name + text_of(event))
         return event
 
     def opening_frames(self) -> bytes:
@@ -8795,6 +8794,8 @@ class ChatCompletions(Dialect):
         return b'%b{"index":0,"delta":{"content":%b}%b' % (self.head, text, self.tail)
 
     def encode_event(self, event: Event) -> bytes:
+        if isinstance(event, Refusal):
+            return self.frame({"refusal": event.text})
         if isinstance(event, Text):
             return self.text_frame(to_json(event.text))
         if isinstance(event, Reasoning):
@@ -8812,12 +8813,12 @@ class ChatCompletions(Dialect):
         return last + b"data: [DONE]\n\n"
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        text = self.text(answer)
-        message: Dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        text, declined = self.text(answer), answer.refusal_text or None
+        content = text or None if answer.tools or declined else text
+        message: Dict[str, Any] = {"role": "assistant", "content": content, "refusal": declined}
         if answer.reasoning:
             message["reasoning_content"] = answer.reasoning
         if answer.tools:
-            message["content"] = text or None
             message["tool_calls"] = list(map(tool_call, answer.tools))
         body = self.body({"index": 0, "message": message, "logprobs": None}, answer)
         image = next(iter(answer.images), None)
@@ -8870,14 +8871,15 @@ class Completions(ChatCompletions):
         return call
 
     def frame(self, delta: Dict[str, Any]) -> bytes:
-        text = delta.get("content")  # the format has no fields for reasoning and tool calls
+        text = delta.get("content") or delta.get("refusal")  # there are no other fields
         return self.text_frame(to_json(text)) if text else b""
 
     def text_frame(self, text: bytes) -> bytes:
         return b'%b{"text":%b,"index":0,"logprobs":null%b' % (self.head, text, self.tail)
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        return self.body({"text": self.text(answer), "index": 0, "logprobs": None}, answer)
+        text = self.text(answer) or answer.refusal_text
+        return self.body({"text": text, "index": 0, "logprobs": None}, answer)
 
 
 class Images(Dialect):
@@ -9036,7 +9038,8 @@ class BlockRequest(Dialect):
         result = (block[name] for name in ("content", "output", "tools") if name in block)
         parts = self.convert_content(next(result, None))
         text = "\n\n".join(part["text"] for part in parts if part["type"] == "text")
-        if block.get("is_error") is True and not text.lower().startswith("error"):
+        failed = block.get("is_error") is True or block.get("status") == "failed"
+        if failed and not text.lower().startswith("error"):
             text = f"Error: {text or 'the tool failed.'}"
         call_id, _ = sent_id(block.get("tool_use_id", block.get("call_id")))
         self.messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
@@ -9079,19 +9082,20 @@ class BlockRequest(Dialect):
         if text is not None:
             text = DATA_IMAGE.sub("[An image is left out.]", text)
             return [{"type": "text", "text": text}]
-        if block_type in ("image", "input_image"):
+        if block_type in ("image", "input_image", "computer_screenshot", "image_url"):
             url = fields.get("image_url") or source.get("url")
+            url = as_dict(url).get("url", url)
             if source.get("type") == "base64":
                 url = f"data:{source.get('media_type')};base64,{source.get('data')}"
             if isinstance(url, str):
                 detail = fields.get("detail")
                 image = {"url": url, **({"detail": detail} if detail in ("low", "high") else {})}
                 return [{"type": "image_url", "image_url": image}]
-        if block_type == "document" and source.get("type") in ("text", "content"):
-            return self.convert_content(source.get("data") or source.get("content"), param)
-        if block_type == "search_result":
-            about = [as_str(fields.get("title")), as_str(fields.get("source"))]
-            return self.convert_content([*about, *as_list(fields.get("content"))], param)
+        if block_type == "search_result" or source.get("type") in ("text", "content"):
+            about = map(as_str, map(fields.get, ("title", "source", "context")))
+            content = fields.get("content") or source.get("data") or source.get("content")
+            content = content if isinstance(content, list) else [content or ""]
+            return self.convert_content([*filter(None, about), *content], param)
         if block is None and (self.has_begun or not param):
             return []
         if not param or self.has_begun and block_type:
@@ -9133,7 +9137,7 @@ class BlockRequest(Dialect):
     def convert_tool(
         self, tool: Dict[str, Any], param: str, space: Optional[str]
     ) -> Dict[str, Any]:
-        """Convert a function. OpenAI rejects schemas of parameters without ``properties``."""
+        """Convert a function. OpenAI wants the schema of an object with ``properties``."""
         name = required_field(tool, "name", str, f"a string in {param}")
         function: Dict[str, Any] = {"name": self.sent_name(name, space)}
         for key in ("description", "strict"):
@@ -9141,7 +9145,7 @@ class BlockRequest(Dialect):
                 function[key] = tool[key]
         schema = as_dict(tool.get(self.SCHEMA_KEY)).items()
         given = {name: value for name, value in schema if value is not None}
-        function["parameters"] = {"type": "object", "properties": {}, **given}
+        function["parameters"] = {"properties": {}, **given, "type": "object"}
         return {"type": "function", "function": function}
 
     def sent_name(self, name: Any, space: Any = None) -> str:
@@ -9279,7 +9283,7 @@ class BlockDialect(BlockRequest):
 
     def answer_blocks(self, answer: Answer) -> List[BlockEvent]:
         """An answer as a sequence of events, one per block."""
-        blocks: List[BlockEvent] = [Text(self.text(answer))]
+        blocks: List[BlockEvent] = [Text(self.text(answer)), Refusal(answer.refusal_text)]
         self.keep_reasoning(answer.reasoning)
         if self.show_reasoning:
             blocks.insert(0, Reasoning(answer.reasoning))
@@ -9556,7 +9560,7 @@ class Messages(BlockDialect):
     DETAILED_CODES = ("thread_unsupported_request",)  # those that the SDK looks for
     FUNCTION_TYPES, SCHEMA_KEY = (None, "custom"), "input_schema"
     DELTA_TYPES = {
-        Text: (b"text_delta", b"text"),
+        Text: (b"text_delta", b"text"), Refusal: (b"text_delta", b"text"),
         Reasoning: (b"thinking_delta", b"thinking"),
         ToolCall: (b"input_json_delta", b"partial_json"),
     }
@@ -9569,6 +9573,7 @@ class Messages(BlockDialect):
         529: "overloaded_error",
     }
     # fmt: on
+    has_refusal = False
 
     # -- the request
 
@@ -9689,10 +9694,12 @@ class Messages(BlockDialect):
         if isinstance(event, Reasoning):
             signature = UNSIGNED if event.text else ""  # in a stream it follows the text
             return {"type": "thinking", "thinking": event.text, "signature": signature}
+        self.has_refusal = self.has_refusal or isinstance(event, Refusal)
         return {"type": "text", "text": event.text}
 
     def stop_fields(self, finish: Finish) -> Dict[str, Any]:
-        reason, sequence = self.STOP_REASONS.get(finish.reason, "end_turn"), finish.stop_sequence
+        default, sequence = "refusal" if self.has_refusal else "end_turn", finish.stop_sequence
+        reason = self.STOP_REASONS.get(finish.reason, default)
         if sequence is None or sequence not in as_list(self.call.body.get("stop")):
             return {"stop_reason": reason, "stop_sequence": None}
         return {"stop_reason": "stop_sequence", "stop_sequence": sequence}
@@ -9707,7 +9714,7 @@ class Messages(BlockDialect):
             "cache_read_input_tokens": read,
             "cache_creation_input_tokens": written,
             "output_tokens": usage["completion_tokens"],
-            **estimate_mark(usage),
+            **({"estimated": True} if is_estimated(usage) else {}),
         }
 
     @staticmethod
@@ -9795,11 +9802,6 @@ def call_input(arguments: str) -> Dict[str, Any]:
     return value if isinstance(value, dict) else {"arguments": arguments}
 
 
-def estimate_mark(usage: Dict[str, Any]) -> Dict[str, bool]:
-    """The field that marks estimated token counts."""
-    return {"estimated": True} if is_estimated(usage) else {}
-
-
 def usage_detail(usage: Dict[str, Any], of: str, name: str) -> int:
     """A detail of OpenAI's prompt or completion token counts; 0 if missing."""
     return count_or_none(as_dict(usage.get(of + "_tokens_details")).get(name)) or 0
@@ -9873,6 +9875,8 @@ class Responses(BlockDialect):
     ITEMS: Dict[Any, ItemWire] = {  # by event
         Text: ItemWire("message", "msg_", "response.output_text", "text", {"content_index": 0},
                        {"logprobs": []}, "response.content_part"),
+        Refusal: ItemWire("message", "msg_", "response.refusal", "refusal", {"content_index": 0},
+                          {}, "response.content_part"),
         Reasoning: ItemWire("reasoning", UNSIGNED_ID, "response.reasoning_summary_text", "text",
                             {"summary_index": 0}, {}, "response.reasoning_summary_part"),
         ToolCall: ItemWire("function_call", "fc_", "response.function_call_arguments", "arguments"),
@@ -10092,6 +10096,8 @@ class Responses(BlockDialect):
         """The only part of a message or of reasoning."""
         if isinstance(event, Reasoning):
             return {"type": "summary_text", "text": event.text}
+        if isinstance(event, Refusal):
+            return {"type": "refusal", "refusal": event.text}
         return {"type": "output_text", "text": event.text, "annotations": [], "logprobs": []}
 
     def output_item(
@@ -10124,7 +10130,7 @@ def response_usage(usage: Dict[str, Any]) -> Dict[str, Any]:
         "total_tokens": usage["total_tokens"],
         "output_tokens_details": {"reasoning_tokens": reasoning},
         "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
-        **estimate_mark(usage),
+        **({"estimated": True} if is_estimated(usage) else {}),
     }
 
 
@@ -10219,11 +10225,6 @@ def remove_model_params(query: str) -> str:
         return "" if is_model_field(urllib.parse.unquote_plus(param[1])) else param[0]
 
     return re.sub("([^&;=]*)[^&;]*[&;]?", remaining, query).rstrip("&;")
-
-
-def has_escaped_letters(data: bytes) -> bool:
-    """Whether JSON may contain escaped letters, as in "mod\\u0065l"."""
-    return b"\\u006" in data or b"\\u004" in data
 
 
 def check_names(names: Iterable[str], refused: Iterable[str] = ()) -> None:
@@ -12336,7 +12337,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             is_marked = any(mark in data for mark in OWN_MARKS)
             if is_marked:
                 call.original.body = without_own_marks(call.original.body)
-            if is_marked or has_escaped_letters(data):
+            if is_marked or b"\\u006" in data or b"\\u004" in data:  # escaped letters
                 call.original.raw_body = request_json(call.original.body, len(data))
         return dialect
 
