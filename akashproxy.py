@@ -213,7 +213,7 @@ __all__ = [
     "main", "Settings", "ControllerSettings", "ConfigError", "Server", "Handler",
     "Controller", "CONTROLLERS", "Call", "APIError", "Category",
     "Transport", "EventStream", "BufferedBody", "AkashDecoder",
-    "Event", "Text", "Refusal", "Reasoning", "TextWasReasoning", "ToolCall", "Image",
+    "Event", "Text", "Refusal", "Citation", "Reasoning", "TextWasReasoning", "ToolCall", "Image",
     "ImageProgress", "Finish", "RawBytes", "fold",
 ]
 # fmt: on
@@ -725,6 +725,13 @@ class Refusal(Text):
 
 
 @dataclass(frozen=True)
+class Citation:
+    """A source of the text before it, with the fields of OpenAI's url_citation."""
+
+    fields: Dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Reasoning:
     """A fragment of the model's reasoning."""
 
@@ -794,7 +801,9 @@ class RawBytes:
     usage: Optional[Dict[str, Any]] = None  # of the answer, if the bytes contain it
 
 
-Event = Union[Text, Reasoning, TextWasReasoning, ToolCall, Image, ImageProgress, Finish, RawBytes]
+Event = Union[
+    Text, Citation, Reasoning, TextWasReasoning, ToolCall, Image, ImageProgress, Finish, RawBytes
+]
 EVENTS: Tuple[Type[Event], ...] = get_args(Event)
 TextEvent = Union[Text, Reasoning]
 BlockEvent = Union[Text, Reasoning, ToolCall]  # what an answer's content consists of
@@ -1043,6 +1052,7 @@ class Answer:
     images: List[Image] = field(default_factory=list)
     finish: Finish = Finish("stop")
     refusal_text: str = ""
+    citations: List[Citation] = field(default_factory=list)
 
 
 def fold(events: Iterable[Event]) -> Answer:
@@ -1061,6 +1071,8 @@ def fold(events: Iterable[Event]) -> Answer:
             tools.setdefault("%x" % event.index, []).append(event)
         elif isinstance(event, Image):
             answer.images.append(event)
+        elif isinstance(event, Citation):
+            answer.citations.append(event)
         elif isinstance(event, Finish):
             answer.finish = event
     answer.text, answer.refusal_text, answer.reasoning = map("".join, texts.values())
@@ -1172,11 +1184,6 @@ def path_prefix(text: str) -> str:
     if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)*/?", text):
         raise ValueError(f"{text!r} is not /PATH of letters, digits, '.', '_', '~', '-' and '/'")
     return text.rstrip("/")
-
-
-def ip_network(text: str) -> str:
-    """Check an IP address or network such as 10.0.0.0/8. Raises ValueError."""
-    return str(ipaddress.ip_network(text, strict=False))
 
 
 def proxy_url(text: str) -> str:
@@ -1529,7 +1536,7 @@ class Settings(ValidatedSettings):
         ("127.0.0.0/8", "::1/128"),
         "addresses or networks of reverse proxies whose X-Forwarded-For, -Host, -Prefix and -Proto "
         "are used in links and the log",
-        ip_network,
+        lambda text: str(ipaddress.ip_network(text, strict=False)),
     )
     page: str = setting("on", "chat page at /: on or off", one_of("on", "off"))
     metrics: str = setting(
@@ -4241,6 +4248,8 @@ def calls_of(value: Any, functions: Iterable[str]) -> List[Tuple[str, str]]:
             arguments = from_json(arguments.encode())
         if name not in functions:
             raise ValueError(f"{name[:80]!r} is not a function")
+        if arguments is None and set(item) - {"name", "id", "type", "arguments", "parameters"}:
+            raise ValueError("it has no 'arguments'")
         if not isinstance(arguments or {}, dict):
             raise ValueError("its arguments are not a JSON object")
         calls.append((name, _encode(arguments or {})))
@@ -6597,8 +6606,7 @@ class ChatDecoder(Decoder):
             return
         event = json_or_none(data)
         if event_type == b"error" and data:
-            failure = data if event is None else event
-            raise error_from_body(self.upstream_name, 200, failure, self.secrets)
+            raise error_from_body(self.upstream_name, 200, event or data, self.secrets)
         is_message = event_type in (b"", b"message") and self.reason is None
         if event is None and is_message and data not in (b"", b"null"):
             raise truncated(self.upstream_name, "sent an event that is not JSON")
@@ -6822,8 +6830,12 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
         events.append(Reasoning(reasoning))
     if isinstance(content, str) and content:
         events.append(Text(content))
-    elif declined:
+    if declined:
         events.append(Refusal(declined))
+    for annotation in map(as_dict, as_list(message.get("annotations"))):
+        cited = as_dict(annotation.get("url_citation"))
+        if isinstance(cited.get("url"), str):
+            events.append(Citation({"title": "", "start_index": 0, "end_index": 0, **cited}))
     for image in images:
         source = as_dict(image).get("image_url")
         url = as_str(as_dict(source).get("url", source))
@@ -6859,7 +6871,7 @@ def joined_text(value: Any) -> str:
     if isinstance(value, list):
         return "".join(map(joined_text, value))
     if isinstance(value, dict):
-        fields = map(value.get, ("text", "thinking", "summary", "content", "value"))
+        fields = map(value.get, ("text", "thinking", "summary", "content", "value", "refusal"))
         return joined_text(next(filter(None, fields), None))
     return as_str(value)
 
@@ -7333,12 +7345,8 @@ class OpenAIController(Controller):
         base_url = options.base_url if has_path else options.base_url + "/v1"
         endpoint = re.search("/(?:chat/)?(?:completions|responses|embeddings)$", base_url)
         if endpoint:  # a reverse proxy may serve the API below such a path
-            log.warning(
-                "%s: its base_url ends in %s; if that is an endpoint, set it to %s",
-                self.name,
-                endpoint[0],
-                base_url[: endpoint.start()],
-            )
+            message = "%s: its base_url ends in %s; if that is an endpoint, set it to %s"
+            log.warning(message, self.name, endpoint[0], base_url[: endpoint.start()])
         self.transport = Transport(options, settings, base_url, self.name, headers)
         self.model_cache = Cache(f"{self.name}: models", self._fetch_models)
 
@@ -7362,13 +7370,9 @@ class OpenAIController(Controller):
         original, is_native = call.original, self.speaks(call.original.path)
         path = (original.path + original.query if is_native else CHAT_PATH)[len("/v1") :]
         data, content_type = self._request(call, is_native)
+        headers = {**original.headers, "Content-Type": content_type}
         response = self.transport.start_request(
-            "POST",
-            path,
-            call.scope,
-            data,
-            {**original.headers, "Content-Type": content_type},
-            retry_reason=call.attempt.retry_reason,
+            "POST", path, call.scope, data, headers, retry_reason=call.attempt.retry_reason
         )
         return EventStream(response, lambda response: self._decoder(call, response, is_native))
 
@@ -7384,11 +7388,8 @@ class OpenAIController(Controller):
         is_chat = not call.relay_only and not call.image_count
         body, dropped = adapt_body(body, self.options, is_chat) if body else (body, [])
         # a second "model" in the bytes could differ from the one that was authorized
-        if (
-            is_native
-            and body is original
-            and not (body and call.original.raw_body.count(b'"model"') > 1)
-        ):
+        is_ambiguous = body and call.original.raw_body.count(b'"model"') > 1
+        if is_native and body is original and not is_ambiguous:
             return call.original.raw_body, call.original.content_type
         call.attempt.ignored_params = dropped
         return request_json(body, len(call.original.raw_body)), "application/json"
@@ -7471,15 +7472,9 @@ class OpenAIController(Controller):
         return ChatDecoder(self.name, self.secrets).decode_body(as_dict(body))
 
     def _status_error(self, response: UpstreamResponse, data: bytes, model: str) -> NoReturn:
-        body = json_or_none(data)
-        raise error_from_body(
-            self.name,
-            response.status,
-            data if body is None else body,
-            self.secrets,
-            response.headers,
-            (model, self.upstream_model(model)),
-        )
+        body, models = json_or_none(data), (model, self.upstream_model(model))
+        body, headers = data if body is None else body, response.headers
+        raise error_from_body(self.name, response.status, body, self.secrets, headers, models)
 
     def _fetch_models(self) -> Tuple[List[Dict[str, Any]], float]:
         response, body = self.transport.get_json("/models")
@@ -8796,6 +8791,9 @@ class ChatCompletions(Dialect):
     def encode_event(self, event: Event) -> bytes:
         if isinstance(event, Refusal):
             return self.frame({"refusal": event.text})
+        if isinstance(event, Citation):
+            cited = {"type": "url_citation", "url_citation": event.fields}
+            return self.frame({"annotations": [cited]})
         if isinstance(event, Text):
             return self.text_frame(to_json(event.text))
         if isinstance(event, Reasoning):
@@ -8818,6 +8816,10 @@ class ChatCompletions(Dialect):
         message: Dict[str, Any] = {"role": "assistant", "content": content, "refusal": declined}
         if answer.reasoning:
             message["reasoning_content"] = answer.reasoning
+        if answer.citations:
+            message["annotations"] = [
+                {"type": "url_citation", "url_citation": each.fields} for each in answer.citations
+            ]
         if answer.tools:
             message["tool_calls"] = list(map(tool_call, answer.tools))
         body = self.body({"index": 0, "message": message, "logprobs": None}, answer)
@@ -8914,12 +8916,8 @@ class Images(Dialect):
         )
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        return {
-            "created": self.created,
-            "data": [
-                {**self.source(image), "revised_prompt": image.prompt} for image in answer.images
-            ],
-        }
+        data = [{**self.source(image), "revised_prompt": image.prompt} for image in answer.images]
+        return {"created": self.created, "data": data}
 
     def source(self, image: Image) -> Dict[str, Any]:
         if image.data is None:
@@ -9110,11 +9108,8 @@ class BlockRequest(Dialect):
         """Convert the format of an answer, as Responses names it."""
         if format_spec.get("type") in (None, "text"):
             return None
-        schema = {
-            name: value
-            for name, value in format_spec.items()
-            if name != "type" and value is not None
-        }
+        given = ((name, value) for name, value in format_spec.items() if value is not None)
+        schema = {name: value for name, value in given if name != "type"}
         return {"type": format_spec["type"], **({"json_schema": schema} if schema else {})}
 
     def convert_tools(
@@ -9144,8 +9139,8 @@ class BlockRequest(Dialect):
             if tool.get(key) is not None:
                 function[key] = tool[key]
         schema = as_dict(tool.get(self.SCHEMA_KEY)).items()
-        given = {name: value for name, value in schema if value is not None}
-        function["parameters"] = {"properties": {}, **given, "type": "object"}
+        given = {name: value for name, value in schema if value is not None and name != "type"}
+        function["parameters"] = {"type": "object", "properties": {}, **given}
         return {"type": "function", "function": function}
 
     def sent_name(self, name: Any, space: Any = None) -> str:
@@ -9589,13 +9584,9 @@ class Messages(BlockDialect):
         tools = self.convert_tools(body.get("tools"))
         system = self.convert_content(body.get("system") or [], "system")
         self.append_message("system", list(map(without_billing_header, system)))
-        sent = map(as_dict, required_field(body, "messages", list, "a list of messages"))
-        self.convert_messages(
-            [
-                (f"messages[{i}]", each.get("role"), each.get("content"))
-                for i, each in enumerate(sent)
-            ]
-        )
+        sent = enumerate(required_field(body, "messages", list, "a list of messages"))
+        fields = [(f"messages[{i}]", as_dict(each)) for i, each in sent]
+        self.convert_messages([(i, each.get("role"), each.get("content")) for i, each in fields])
         chat: Dict[str, Any] = {"user": self.user_name(body)}
         response_format = as_dict(config.get("format") or body.get("output_format"))
         if response_format.get("type") == "json_schema":
@@ -9844,6 +9835,7 @@ class Responses(BlockDialect):
         response.output_item.added   {"output_index":0,"item":{"id":"msg_1","content":[],...}}
         response.content_part.added  {"item_id":"msg_1","part":{"text":"",...},...}
         response.output_text.delta   {"item_id":"msg_1","content_index":0,"delta":"Hi",...}
+        response.output_text.annotation.added  {"item_id":"msg_1","annotation":{...},...}
         response.output_text.done    {"item_id":"msg_1","content_index":0,"text":"Hi",...}
         response.content_part.done   {"item_id":"msg_1","part":{"text":"Hi",...},...}
         response.output_item.done    {"output_index":0,"item":{...}}
@@ -9891,6 +9883,7 @@ class Responses(BlockDialect):
 
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         self.output: List[Dict[str, Any]] = []  # completed items
+        self.annotations: List[Dict[str, Any]] = []  # of the text
         self.custom_tools: Set[str] = set()  # names, as they are sent
         super().__init__(body, base_url)
 
@@ -9996,8 +9989,17 @@ class Responses(BlockDialect):
         self.sequence_number += 1
         return event_frame(name, sequence_number=self.sequence_number - 1, **fields)
 
+    def encode_event(self, event: Event) -> bytes:
+        if not isinstance(event, Citation) or self.open_block != (Text, None):
+            return super().encode_event(event)
+        fields = {"type": "url_citation", **event.fields}
+        at = {**self.item_ref, "annotation_index": len(self.annotations)}
+        self.annotations.append(fields)
+        return self.frame("response.output_text.annotation.added", **at, annotation=fields)
+
     def start_block(self, event: BlockEvent) -> bytes:
-        wire = self.open_wire = self.wire(event)
+        wire, self.annotations = self.wire(event), []
+        self.open_wire = wire
         item = self.output_item(event, wire.id_prefix + new_id(), "in_progress")
         self.open_item: Any = event
         self.item_ref = {"item_id": item["id"], "output_index": self.block_index, **wire.part_index}
@@ -10038,8 +10040,7 @@ class Responses(BlockDialect):
 
     def item_frame(self, step: str, item: Dict[str, Any]) -> bytes:
         """The event of an item that is added or done."""
-        name = f"response.output_item.{step}"
-        return self.frame(name, output_index=self.block_index, item=item)
+        return self.frame(f"response.output_item.{step}", output_index=self.block_index, item=item)
 
     def part_frame(self, step: str, event: BlockEvent) -> bytes:
         """The event of an item's only part that is added or done; a tool call has none."""
@@ -10061,6 +10062,7 @@ class Responses(BlockDialect):
         return frames + self.frame("response.failed", response=response)
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
+        self.annotations = [{"type": "url_citation", **each.fields} for each in answer.citations]
         self.output = [
             self.output_item(event, self.wire(event).id_prefix + new_id())
             for event in self.answer_blocks(answer)
@@ -10091,14 +10093,14 @@ class Responses(BlockDialect):
             "usage": response_usage(usage) if usage else None,
         }
 
-    @staticmethod
-    def part_object(event: TextEvent) -> Dict[str, Any]:
+    def part_object(self, event: TextEvent) -> Dict[str, Any]:
         """The only part of a message or of reasoning."""
         if isinstance(event, Reasoning):
             return {"type": "summary_text", "text": event.text}
         if isinstance(event, Refusal):
             return {"type": "refusal", "refusal": event.text}
-        return {"type": "output_text", "text": event.text, "annotations": [], "logprobs": []}
+        fields = {"text": event.text, "annotations": self.annotations, "logprobs": []}
+        return {"type": "output_text", **fields}
 
     def output_item(
         self, event: BlockEvent, item_id: str, status: str = "completed"

@@ -3250,6 +3250,8 @@ def test_only_its_own_type_makes_an_event_the_end(path, last, own, line_break):
                                          b'"finish_reason":"tool_calls"}]}\n\n', [R("h"), T("a"), ToolCall(0, "", "c", "f"), Finish("tool_calls")], None),
     "another mark at the end": (FakeOpenAI.event({"content": "a"}, "stop") + b"data: [END]\n\n", [T("a"), Finish("stop")], None),
     "such a mark too early": (FakeOpenAI.event({"content": "a"}) + b"data: [END]\n\n", [T("a")], "not JSON"),
+    "a part with a refusal": (FakeOpenAI.event({"content": [{"type": "refusal", "refusal": "no"}]}, "stop"), [T("no"), Finish("stop")], None),
+    "a refusal after text": (FakeOpenAI.event({"content": "a", "refusal": "no"}, "stop"), [T("a"), akashproxy.Refusal("no"), Finish("stop")], None),
     "a refusal": (FakeOpenAI.event({"content": None, "refusal": ""}) + FakeOpenAI.event({"refusal": "no"}, "stop"), [akashproxy.Refusal("no"), Finish("stop")], None),
     "an error within": (FakeOpenAI.event({"content": "a"}) + ERROR_EVENT, [T("a")], "boom"),
     "an error in words": (FakeOpenAI.event({"content": "a"}) + b"event: error\ndata: boom\n\n", [T("a")], "boom"),
@@ -5837,6 +5839,31 @@ ENDINGS = {
 }
 
 
+CITED = {"type": "url_citation", "url_citation": {"title": "T", "start_index": 0, "end_index": 2, "url": "https://x"}}
+
+
+def test_annotations_in_each_dialect(streamed, fake, pool):
+    server, odd = pool(fake), [7, {"type": "file_citation"}, {"type": "url_citation", "url_citation": {"url": None}}]
+    says = answered({"content": "Hi"}, {"annotations": [CITED, *odd]}, calls((0, "c", "f", "{}")), {"annotations": [CITED]}, finish="tool_calls")
+    fake.faults += [says] * 2
+    got = ask(server, "POST", "/v1/responses", {**WANTED, "stream": streamed})
+    message, _ = items_of(got)
+    flat = {"type": "url_citation", **CITED["url_citation"]}
+    assert message["content"] == [{"type": "output_text", "text": "Hi", "annotations": [flat] if streamed else [flat, flat], "logprobs": []}], "one came too late for a stream"
+    if streamed:
+        event, = (event for event in named_events(got.body) if "annotation.added" in event["type"])
+        assert event == {"type": "response.output_text.annotation.added", "item_id": message["id"], "output_index": 0, "content_index": 0, "annotation_index": 0,
+                         "annotation": flat, "sequence_number": event["sequence_number"]}
+    got = ask(server, "POST", "/v1/messages", {**ASKED, "stream": streamed})
+    assert [block["type"] for block in items_of(got)] == ["text", "tool_use"]
+    if streamed:
+        fake.sends(reply(body={"choices": [{"message": {"content": "Hi", "annotations": [CITED]}, "finish_reason": "stop"}]}), keep=True)
+        assert [CITED] in [event["choices"][0]["delta"].get("annotations") for event in sse(chat(server, BOTH, stream=True).body)[:-1]]
+    else:
+        fake.faults.append(says)
+        assert chat(server, BOTH).json["choices"][0]["message"]["annotations"] == [CITED, CITED]
+
+
 def test_a_refusal_in_each_dialect(streamed, fake, pool):
     server = pool(fake)
     fake.faults += [answered({"refusal": "I "}, {"refusal": "can't."})] * 3
@@ -5851,10 +5878,13 @@ def test_a_refusal_in_each_dialect(streamed, fake, pool):
         place = {"item_id": message["id"], "output_index": 0, "content_index": 0}
         assert [{name: value for name, value in event.items() if name != "sequence_number"} for event in events] == [
             *({"type": "response.refusal.delta", **place, "delta": text} for text in ("I ", "can't.")), {"type": "response.refusal.done", **place, "refusal": "I can't."}]
-    got = chat(pool((fake, {"tools": "prompt"})), {**BOTH, **WITH_A_TOOL}, stream=False)
-    fake.faults.append(lambda sock, request: sock.sendall(reply(body={"choices": [{"message": {"refusal": "no"}, "finish_reason": "stop"}]})) or True)
-    got = chat(server, BOTH, stream=True)
-    assert "".join(event["choices"][0]["delta"].get("refusal", "") for event in sse(got.body) if event["choices"]) == "no"
+    if streamed:
+        fake.faults.clear()
+        fake.sends(reply(body={"choices": [{"message": {"refusal": "no"}, "finish_reason": "stop"}]}), keep=True)
+        assert b'"delta":{"refusal":"no"}' in chat(server, BOTH, stream=True).body
+    else:
+        message = chat(server, BOTH).json["choices"][0]["message"]
+        assert message == {"role": "assistant", "content": None, "refusal": "I can't."}
 
 
 @pytest.mark.parametrize("reason, plain, with_call, status, detail", [(reason, *row) for reason, row in ENDINGS.items()])
@@ -5967,6 +5997,7 @@ NO_CALLS = [
     f"<tool_call>{KYIV}}}</tool_call>", f"<tool_call>{KYIV} is how it looks.", '<tool_call>{"name": "weather", "arguments": [1]}</tool_call>',
     '<tool_call>{"name": "weather", "arguments": "Kyiv"}</tool_call>', '<function=weather>Kyiv</function>', "<function=rm>{}</function>", "<function=", KYIV,
     f"```json\n{KYIV}\n```", f"So: ```json\n{CALL_FORMS['Hermes']}\n```", "<|python_tag|>weather.call(city='Kyiv')", "<tool_call>rm\n<arg_key>a</arg_key>\n<arg_value>b</arg_value>\n</tool_call>",
+    '<tool_call>{"name": "weather", "city": "Kyiv"}</tool_call>', '<tool_call>{"name": "weather", "input": {"city": "Kyiv"}}</tool_call>',
     f"<tool_call>[{KYIV}, {{}}]</tool_call>", "if (a[0] < b) { return '<tool>' }", '<tool_call>{"name": "weather", "arguments": {"city": "Ky',
     "a <function=now", "<tool_call>now\n", "<tool_call>[]</tool_call>", f"<tool_call>not {KYIV}</tool_call>", f"<tool_call>{KYIV}\n{{broken</tool_call>",
 ]
