@@ -726,9 +726,9 @@ class Refusal(Text):
 
 @dataclass(frozen=True)
 class Citation:
-    """A source of the text before it, with the fields of OpenAI's url_citation."""
+    """A source of the text before it: an annotation of OpenAI's with a "url_citation"."""
 
-    fields: Dict[str, Any]
+    annotation: Dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -6615,16 +6615,18 @@ class ChatDecoder(Decoder):
 
     def _completion(self, body: Dict[str, Any], key: str, out: List[Event]) -> None:
         """Decode a chunk, or a whole completion, whose choices have ``key``."""
-        if is_chat_error(body):
+        if (body.get("error") or not body.get("choices")) and is_chat_error(body):
             raise error_from_body(self.upstream_name, 200, body, self.secrets)
         usage = find_usage(body)
         if usage:
             self.usage = merge_counts(self.usage, as_dict(usage))
         for choice in map(as_dict, as_list(body.get("choices"))):
+            if choice.get("error"):
+                raise error_from_body(self.upstream_name, 200, choice, self.secrets)
             if not choice.get("index"):
                 # Some stream a whole completion; others, such as MiniMax, repeat it at the end.
-                full = None if out or self.started else choice.get("message")
-                message = as_dict(choice.get(key, full)) or {"content": choice.get("text")}
+                full = choice.get(key) or not (out or self.started) and choice.get("message")
+                message = as_dict(full) or {"content": choice.get("text")}
                 if "reasoning_details" in message:
                     self.calls.add_details(message["reasoning_details"])
                 for each in message_events(message):
@@ -6809,8 +6811,7 @@ REASONING_FIELDS = (  # of a message, by rank
     "reasoning_content", "reasoning", "reasoning_text", "thinking", "reasoning_details",
 )
 # fmt: on
-# Of a tool call, some of which may have no "function"; other fields are the upstream's own.
-CALL_FIELDS = ("index", "id", "type", "function", "name", "arguments", "parameters")
+CALL_FIELDS = ("index", "id", "type", "function", "name", "arguments", "parameters")  # of a call
 
 
 def message_events(message: Dict[str, Any]) -> List[Event]:
@@ -6818,7 +6819,7 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
     events: List[Event] = []
     images = as_list(message.get("images"))  # OpenRouter's and LiteLLM's
     reasoning = next((message[name] for name in REASONING_FIELDS if message.get(name)), None)
-    content, declined = message.get("content"), as_str(message.get("refusal"))
+    content, declined = message.get("content"), message.get("refusal")
     content = content or as_dict(message.get("audio")).get("transcript")
     if isinstance(content, (list, dict)):
         parts = content if isinstance(content, list) else [content]
@@ -6830,12 +6831,11 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
         events.append(Reasoning(reasoning))
     if isinstance(content, str) and content:
         events.append(Text(content))
-    if declined:
+    if declined and isinstance(declined, str):
         events.append(Refusal(declined))
-    for annotation in map(as_dict, as_list(message.get("annotations"))):
-        cited = as_dict(annotation.get("url_citation"))
-        if isinstance(cited.get("url"), str):
-            events.append(Citation({"title": "", "start_index": 0, "end_index": 0, **cited}))
+    if "annotations" in message:
+        given = map(as_dict, as_list(message["annotations"]))
+        events += [Citation(each) for each in given if as_dict(each.get("url_citation")).get("url")]
     for image in images:
         source = as_dict(image).get("image_url")
         url = as_str(as_dict(source).get("url", source))
@@ -6847,10 +6847,13 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
     for position, call in enumerate(map(as_dict, calls)):
         function = as_dict(call.get("function")) or call
         arguments = function.get("arguments") or function.get("parameters") or ""
-        index = str(call.get("index")).removesuffix(".0")
+        index = call.get("index")
+        if type(index) is not int or index >> 31:  # some send a string or a float
+            digits = str(index).removesuffix(".0")
+            index = int(digits) if re.fullmatch("[0-9]{1,9}", digits) else position
         events.append(
             ToolCall(
-                int(index) if re.fullmatch("[0-9]{1,9}", index) else position,
+                index,
                 arguments if isinstance(arguments, str) else _encode(arguments),
                 name_or_none(call.get("id")),
                 name_or_none(function.get("name")),
@@ -8792,8 +8795,7 @@ class ChatCompletions(Dialect):
         if isinstance(event, Refusal):
             return self.frame({"refusal": event.text})
         if isinstance(event, Citation):
-            cited = {"type": "url_citation", "url_citation": event.fields}
-            return self.frame({"annotations": [cited]})
+            return self.frame({"annotations": [event.annotation]})
         if isinstance(event, Text):
             return self.text_frame(to_json(event.text))
         if isinstance(event, Reasoning):
@@ -8817,9 +8819,7 @@ class ChatCompletions(Dialect):
         if answer.reasoning:
             message["reasoning_content"] = answer.reasoning
         if answer.citations:
-            message["annotations"] = [
-                {"type": "url_citation", "url_citation": each.fields} for each in answer.citations
-            ]
+            message["annotations"] = [each.annotation for each in answer.citations]
         if answer.tools:
             message["tool_calls"] = list(map(tool_call, answer.tools))
         body = self.body({"index": 0, "message": message, "logprobs": None}, answer)
@@ -9990,16 +9990,17 @@ class Responses(BlockDialect):
         return event_frame(name, sequence_number=self.sequence_number - 1, **fields)
 
     def encode_event(self, event: Event) -> bytes:
-        if not isinstance(event, Citation) or self.open_block != (Text, None):
+        if not isinstance(event, Citation):
             return super().encode_event(event)
-        fields = {"type": "url_citation", **event.fields}
-        at = {**self.item_ref, "annotation_index": len(self.annotations)}
-        self.annotations.append(fields)
-        return self.frame("response.output_text.annotation.added", **at, annotation=fields)
+        cited = {"type": "url_citation", **event.annotation["url_citation"]}
+        self.annotations.append(cited)
+        if self.open_block != (Text, None):
+            return b""
+        at = {**self.item_ref, "annotation_index": len(self.annotations) - 1, "annotation": cited}
+        return self.frame("response.output_text.annotation.added", **at)
 
     def start_block(self, event: BlockEvent) -> bytes:
-        wire, self.annotations = self.wire(event), []
-        self.open_wire = wire
+        wire = self.open_wire = self.wire(event)
         item = self.output_item(event, wire.id_prefix + new_id(), "in_progress")
         self.open_item: Any = event
         self.item_ref = {"item_id": item["id"], "output_index": self.block_index, **wire.part_index}
@@ -10031,12 +10032,10 @@ class Responses(BlockDialect):
             text = custom_input(text)
             frames = self.delta_frame(text)
         fields = {**self.item_ref, **wire.more, wire.text_field: text}
-        return (
-            frames
-            + self.frame(wire.text_event + ".done", **fields)
-            + self.part_frame("done", event)
-            + self.item_frame("done", self.output[-1])
-        )
+        frames += self.frame(wire.text_event + ".done", **fields) + self.part_frame("done", event)
+        if isinstance(event, Text):
+            self.annotations = []
+        return frames + self.item_frame("done", self.output[-1])
 
     def item_frame(self, step: str, item: Dict[str, Any]) -> bytes:
         """The event of an item that is added or done."""
@@ -10062,7 +10061,8 @@ class Responses(BlockDialect):
         return frames + self.frame("response.failed", response=response)
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        self.annotations = [{"type": "url_citation", **each.fields} for each in answer.citations]
+        for each in answer.citations:
+            self.encode_event(each)
         self.output = [
             self.output_item(event, self.wire(event).id_prefix + new_id())
             for event in self.answer_blocks(answer)

@@ -5844,15 +5844,15 @@ CITED = {"type": "url_citation", "url_citation": {"title": "T", "start_index": 0
 
 def test_annotations_in_each_dialect(streamed, fake, pool):
     server, odd = pool(fake), [7, {"type": "file_citation"}, {"type": "url_citation", "url_citation": {"url": None}}]
-    says = answered({"content": "Hi"}, {"annotations": [CITED, *odd]}, calls((0, "c", "f", "{}")), {"annotations": [CITED]}, finish="tool_calls")
+    says = answered({"annotations": [CITED]}, {"content": "Hi"}, {"annotations": [CITED, *odd]}, calls((0, "c", "f", "{}")), {"annotations": [CITED]}, finish="tool_calls")
     fake.faults += [says] * 2
     got = ask(server, "POST", "/v1/responses", {**WANTED, "stream": streamed})
     message, _ = items_of(got)
     flat = {"type": "url_citation", **CITED["url_citation"]}
-    assert message["content"] == [{"type": "output_text", "text": "Hi", "annotations": [flat] if streamed else [flat, flat], "logprobs": []}], "one came too late for a stream"
+    assert message["content"] == [{"type": "output_text", "text": "Hi", "annotations": [flat, flat] if streamed else [flat, flat, flat], "logprobs": []}], "one came too late for a stream"
     if streamed:
         event, = (event for event in named_events(got.body) if "annotation.added" in event["type"])
-        assert event == {"type": "response.output_text.annotation.added", "item_id": message["id"], "output_index": 0, "content_index": 0, "annotation_index": 0,
+        assert event == {"type": "response.output_text.annotation.added", "item_id": message["id"], "output_index": 0, "content_index": 0, "annotation_index": 1,
                          "annotation": flat, "sequence_number": event["sequence_number"]}
     got = ask(server, "POST", "/v1/messages", {**ASKED, "stream": streamed})
     assert [block["type"] for block in items_of(got)] == ["text", "tool_use"]
@@ -5861,7 +5861,7 @@ def test_annotations_in_each_dialect(streamed, fake, pool):
         assert [CITED] in [event["choices"][0]["delta"].get("annotations") for event in sse(chat(server, BOTH, stream=True).body)[:-1]]
     else:
         fake.faults.append(says)
-        assert chat(server, BOTH).json["choices"][0]["message"]["annotations"] == [CITED, CITED]
+        assert chat(server, BOTH).json["choices"][0]["message"]["annotations"] == [CITED, CITED, CITED]
 
 
 def test_a_refusal_in_each_dialect(streamed, fake, pool):
