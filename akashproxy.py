@@ -213,8 +213,8 @@ __all__ = [
     "main", "Settings", "ControllerSettings", "ConfigError", "Server", "Handler",
     "Controller", "CONTROLLERS", "Call", "APIError", "Category",
     "Transport", "EventStream", "BufferedBody", "AkashDecoder",
-    "Event", "Text", "Reasoning", "TextWasReasoning", "ToolCall", "Image", "ImageProgress",
-    "Finish", "RawBytes", "fold",
+    "Event", "Text", "Refusal", "Citation", "Reasoning", "TextWasReasoning", "ToolCall", "Image",
+    "ImageProgress", "Finish", "RawBytes", "fold",
 ]
 # fmt: on
 
@@ -720,6 +720,18 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Refusal(Text):
+    """A fragment of the words in which the model refuses to answer."""
+
+
+@dataclass(frozen=True)
+class Citation:
+    """A source of the text before it: an annotation of OpenAI's with a "url_citation"."""
+
+    annotation: Dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Reasoning:
     """A fragment of the model's reasoning."""
 
@@ -789,7 +801,9 @@ class RawBytes:
     usage: Optional[Dict[str, Any]] = None  # of the answer, if the bytes contain it
 
 
-Event = Union[Text, Reasoning, TextWasReasoning, ToolCall, Image, ImageProgress, Finish, RawBytes]
+Event = Union[
+    Text, Citation, Reasoning, TextWasReasoning, ToolCall, Image, ImageProgress, Finish, RawBytes
+]
 EVENTS: Tuple[Type[Event], ...] = get_args(Event)
 TextEvent = Union[Text, Reasoning]
 BlockEvent = Union[Text, Reasoning, ToolCall]  # what an answer's content consists of
@@ -1037,43 +1051,39 @@ class Answer:
     tools: List[ToolCall] = field(default_factory=list)
     images: List[Image] = field(default_factory=list)
     finish: Finish = Finish("stop")
+    refusal_text: str = ""
+    citations: List[Citation] = field(default_factory=list)
 
 
 def fold(events: Iterable[Event]) -> Answer:
     """Join the events of an answer; bytes that are passed through are left out."""
     answer = Answer()
-    text: List[str] = []
-    reasoning: List[str] = []
+    texts: Dict[Type[Event], List[str]] = {Text: [], Refusal: [], Reasoning: []}
     tools: Dict[str, List[ToolCall]] = {}
     for event in events:
-        if isinstance(event, Text):
-            text.append(event.text)
-        elif isinstance(event, Reasoning):
-            reasoning.append(event.text)
+        if isinstance(event, (Text, Reasoning)):
+            texts[type(event)].append(event.text)
         elif isinstance(event, TextWasReasoning):
-            reasoning.append("".join(text).rstrip("\n"))
-            text.clear()
+            texts[Reasoning].append("".join(texts[Text]).rstrip("\n"))
+            texts[Text].clear()
         elif isinstance(event, ToolCall):
             # A string as key: an upstream could choose integers with equal hashes.
             tools.setdefault("%x" % event.index, []).append(event)
         elif isinstance(event, Image):
             answer.images.append(event)
+        elif isinstance(event, Citation):
+            answer.citations.append(event)
         elif isinstance(event, Finish):
             answer.finish = event
-    answer.text, answer.reasoning = "".join(text), "".join(reasoning)
+    answer.text, answer.refusal_text, answer.reasoning = map("".join, texts.values())
     answer.tools = sorted(map(join_tool_call, tools.values()), key=lambda call: call.index)
     return answer
 
 
 def join_tool_call(fragments: List[ToolCall]) -> ToolCall:
     """Join the fragments of one tool call."""
-    return ToolCall(
-        fragments[0].index,
-        "".join(fragment.arguments for fragment in fragments) or "{}",
-        next((fragment.id for fragment in fragments if fragment.id), None),
-        next((fragment.name for fragment in fragments if fragment.name), None),
-        next((fragment.extra for fragment in fragments if fragment.extra), None),
-    )
+    arguments = "".join(fragment.arguments for fragment in fragments) or "{}"
+    return dataclasses.replace(fragments[0], arguments=arguments)
 
 
 # == 4. settings ==============================================================================
@@ -1169,21 +1179,11 @@ def http_url(text: str) -> str:
     return text.rstrip("/")
 
 
-def upstream_url(text: str) -> str:
-    """Check the URL of an upstream, or the word openai. Raises ValueError."""
-    return text if text == "openai" else http_url(text)
-
-
 def path_prefix(text: str) -> str:
     """Check /PATH and strip its trailing slash; empty for none. Raises ValueError."""
     if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)*/?", text):
         raise ValueError(f"{text!r} is not /PATH of letters, digits, '.', '_', '~', '-' and '/'")
     return text.rstrip("/")
-
-
-def ip_network(text: str) -> str:
-    """Check an IP address or network such as 10.0.0.0/8. Raises ValueError."""
-    return str(ipaddress.ip_network(text, strict=False))
 
 
 def proxy_url(text: str) -> str:
@@ -1466,7 +1466,7 @@ class Settings(ValidatedSettings):
         (),
         "URLs of OpenAI-compatible upstreams, comma-separated, instead of a file's controllers; "
         "openai: OPENAI_BASE_URL or OpenAI's own, with OPENAI_API_KEY",
-        upstream_url,
+        lambda text: text if text == "openai" else http_url(text),
     )
     pool_type: str = setting(
         "balanced",
@@ -1536,7 +1536,7 @@ class Settings(ValidatedSettings):
         ("127.0.0.0/8", "::1/128"),
         "addresses or networks of reverse proxies whose X-Forwarded-For, -Host, -Prefix and -Proto "
         "are used in links and the log",
-        ip_network,
+        lambda text: str(ipaddress.ip_network(text, strict=False)),
     )
     page: str = setting("on", "chat page at /: on or off", one_of("on", "off"))
     metrics: str = setting(
@@ -1634,8 +1634,7 @@ class Settings(ValidatedSettings):
         values = {**values, **overrides}
         upstreams = values.get("upstream")
         if upstreams:
-            with collecting_errors(problems, "upstream"):
-                values["controllers"] = [upstream_controller(text, environ) for text in upstreams]
+            values["controllers"] = [upstream_options(url, environ, problems) for url in upstreams]
         for name, colon in ("PORT", ":"), ("DEFAULT_SERVER_ADDRESS", ""):
             if environ.get(name) and "server_address" not in values:
                 with collecting_errors(problems, name):
@@ -1649,7 +1648,7 @@ class Settings(ValidatedSettings):
     def pool(self) -> List[ControllerSettings]:
         """Controllers with names and defaults filled in; Akash Chat if none is configured."""
         pool: List[ControllerSettings] = []
-        upstreams = [upstream_controller(text, {}) for text in self.upstream]
+        upstreams = [upstream_options(url, {}, []) for url in self.upstream]
         for options in self.controllers or upstreams or [ControllerSettings(type="akash")]:
             taken = {other.name for other in pool}
             base = options.name or options.type
@@ -1697,21 +1696,24 @@ def is_openai_server(url: str) -> bool:
     return not url or host == "api.openai.com" or host.endswith(".api.openai.com")
 
 
-def upstream_controller(text: str, environ: Dict[str, str]) -> ControllerSettings:
-    """Settings of the controller for a value of UPSTREAM. Raises ValueError.
+def upstream_options(url: str, environ: Dict[str, str], problems: List[str]) -> ControllerSettings:
+    """Settings of the controller for a value of UPSTREAM.
 
     OPENAI_API_KEY is sent to OpenAI's own hosts only and, for the word "openai", to that of
     OPENAI_BASE_URL, which OpenAI's SDKs use with this key, too. It may be missing for the latter.
     """
-    openai = text == "openai"
-    base_url = environ.get("OPENAI_BASE_URL", "") if openai else text
-    base_url = http_url(base_url) if base_url else ""
-    own = is_openai_server(base_url)
+    openai = url == "openai"
+    base_url = environ.get("OPENAI_BASE_URL", "") if openai else url
+    values: Dict[str, Any] = {}
+    with collecting_errors(problems, "OPENAI_BASE_URL"):
+        values["base_url"] = base_url and http_url(base_url)
+    own = is_openai_server(values.get("base_url", "other"))
     key = environ.get("OPENAI_API_KEY", "") if openai or own else ""
     if own and environ and not key:
-        raise ValueError(f"{text} needs OPENAI_API_KEY, which is not set")
-    source = "OPENAI_API_KEY" if key else ""
-    return ControllerSettings(base_url=base_url, api_key=key, key_source=source)
+        problems.append(f"upstream: {url} needs OPENAI_API_KEY, which is not set")
+    with collecting_errors(problems, "OPENAI_API_KEY"):
+        values["api_key"], values["key_source"] = header_value(key), "OPENAI_API_KEY" * bool(key)
+    return ControllerSettings(**values)
 
 
 def url_origin(url: str) -> Tuple[str, Optional[str], int]:
@@ -1971,7 +1973,7 @@ def from_text(item: Any, text: str) -> Any:
             raise ValueError(f"{text!r} is not a whole number")
         return int(text)
     if item.type == "float":
-        if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
+        if not re.fullmatch(r"[0-9]{1,15}(\.[0-9]+)?", text):
             raise ValueError(f"{text!r} is not a number of seconds")
         return float(text)
     if item.type == "str":
@@ -2575,7 +2577,7 @@ class DeadlineSocket(socket.socket):
         return size
 
     def _limit(self) -> None:
-        self.settimeout(max(0.001, self.deadline - time.monotonic()))
+        self.settimeout(min(max(0.001, self.deadline - time.monotonic()), threading.TIMEOUT_MAX))
 
 
 def connect_within(
@@ -3756,7 +3758,9 @@ class StopFilter(TextFilter):
                 self.stopped = True
                 self.out.append(Finish("stop", stop_sequence=stop))
         else:
-            end = len(text) - max(partial_match_length(text, stop) for stop in self.stops)
+            end = len(text)
+            if token_units(text) <= self.budget:
+                end -= max(partial_match_length(text, stop) for stop in self.stops)
             self.pending = text[end:]
             self.pass_on(Text(text[:end]))
 
@@ -3818,12 +3822,6 @@ def estimate_tokens(value: Any) -> int:
 def tokens_of(units: int) -> int:
     """Estimate the tokens in so many token_units(): twice the lower bound."""
     return units * 2 // UNITS_PER_TOKEN + 1
-
-
-def event_units(event: Event) -> int:
-    """Units of what an event adds to an answer."""
-    name = event.name or "" if isinstance(event, ToolCall) else ""
-    return token_units(name + text_of(event))
 
 
 def truncate_to(text: str, budget: float) -> str:
@@ -4259,6 +4257,8 @@ def calls_of(value: Any, functions: Iterable[str]) -> List[Tuple[str, str]]:
             arguments = from_json(arguments.encode())
         if name not in functions:
             raise ValueError(f"{name[:80]!r} is not a function")
+        if arguments is None and set(item) - {"name", "id", "type", "arguments", "parameters"}:
+            raise ValueError("it has no 'arguments'")
         if not isinstance(arguments or {}, dict):
             raise ValueError("its arguments are not a JSON object")
         calls.append((name, _encode(arguments or {})))
@@ -4991,7 +4991,9 @@ def error_fields(body: Any, depth: int = 6) -> Dict[str, Any]:
         return error_fields(parsed, depth - 1) if is_object else {"message": body}
     fields: Dict[str, Any] = as_dict(body)
     names = ("error", "errors", "base_resp")  # the last one is MiniMax's
-    inner, message = next(filter(None, map(fields.get, names)), None), fields.get("message")
+    choice = as_dict(next(iter(as_list(fields.get("choices"))), None))  # OpenRouter's
+    given = (*map(fields.get, names), choice.get("error"))
+    inner, message = next(filter(None, given), None), fields.get("message")
     if isinstance(message, str) and not isinstance(inner, (dict, list)):
         # {"statusCode": 401, "error": "Unauthorized", "message": "..."}, or the body of another
         # provider as the message
@@ -5166,11 +5168,12 @@ def retry_after_seconds(
     None if no wait is given or it can't be parsed.
     """
     named = (_delay_of(name, value, now) for name, value in headers.items())
+    stated = _DELAY_IN_MESSAGE.search(message[:4000])
     delays = [
         min((delay for delay in named if delay is not None), default=None),
         _delay_from_headers(headers, now) if limit else None,
         _delay_from_body(body, now),
-        _delay_from_message(message),
+        total_seconds(stated[1].lower()) or None if stated else None,
     ]
     seconds = next((delay for delay in delays if delay is not None), None)
     return None if seconds is None else min(max(1.0, seconds), MAX_RETRY_AFTER)
@@ -5259,18 +5262,12 @@ def _delay_of(name: str, value: Any, now: Callable[[], float]) -> Optional[float
     return seconds_from_now(value, now, 0.001 if name.endswith("ms") else 1) if is_delay else None
 
 
-_DELAY_IN_MESSAGE = re.compile(
+_DELAY_IN_MESSAGE = re.compile(  # "try again in 7m30.5s", "Please retry after 2 minutes"
     r"(?:(?:try|retry|again)[a-z ]{0,30} (?:in|after)|wait(?: for| at least)?|resets? (?:in|after))"
     r" (?:about |around |approximately )?"
     r"((?:[0-9]{1,9}(?:\.[0-9]{1,20})? ?(?:[a-z]{1,12})?(?:,? and |, | )?){1,4})",
     re.I,
 )
-
-
-def _delay_from_message(message: str) -> Optional[float]:
-    """Seconds in "try again in 7m30.5s" or "Please retry after 2 minutes"."""
-    match = _DELAY_IN_MESSAGE.search(message[:4000])
-    return total_seconds(match[1].lower()) or None if match else None
 
 
 def total_seconds(text: str) -> float:
@@ -6562,9 +6559,9 @@ class ChatDecoder(Decoder):
         data: {"error":{"message":"..."}}                       error
         data: [DONE]                                            Finish; optional
 
-    Events without data, whose data is JSON but no object, or of a type that is not "message" and
-    without JSON (a ping) are skipped. Only choice 0 is decoded. The "reasoning_details" of
-    OpenRouter go with the next tool call, in its ``extra``.
+    Events without data, whose data is JSON but no object, and without JSON of a type that is not
+    "message" (a ping) or after a finish_reason are skipped. Only choice 0 is decoded. The
+    "reasoning_details" of OpenRouter go with the next tool call, in its ``extra``.
     """
 
     LINE_LIMIT = 16 << 20  # bytes
@@ -6578,8 +6575,8 @@ class ChatDecoder(Decoder):
         self.usage: Dict[str, Any] = {}  # as the upstream has sent it
 
     def feed(self, data: bytes) -> List[Event]:
-        out = self._decode(self.lines.feed(data))
-        lines = self.lines
+        out, lines = self._decode(self.lines.feed(data)), self.lines
+        self.started = self.started or bool(out)
         if (lines.data or lines.buffer) and lines.size + len(lines.buffer) > self.LINE_LIMIT:
             self.error = truncated(self.upstream_name, "sent an event that is too long")
         return out
@@ -6618,7 +6615,9 @@ class ChatDecoder(Decoder):
             self._finish(out)
             return
         event = json_or_none(data)
-        is_message = event_type in (b"", b"message", b"error")
+        if event_type == b"error" and data:
+            raise error_from_body(self.upstream_name, 200, event or data, self.secrets)
+        is_message = event_type in (b"", b"message") and self.reason is None
         if event is None and is_message and data not in (b"", b"null"):
             raise truncated(self.upstream_name, "sent an event that is not JSON")
         if isinstance(event, dict):
@@ -6626,7 +6625,7 @@ class ChatDecoder(Decoder):
 
     def _completion(self, body: Dict[str, Any], key: str, out: List[Event]) -> None:
         """Decode a chunk, or a whole completion, whose choices have ``key``."""
-        if is_chat_error(body):
+        if (body.get("error") or not body.get("choices")) and is_chat_error(body):
             raise error_from_body(self.upstream_name, 200, body, self.secrets)
         usage = find_usage(body)
         if usage:
@@ -6635,8 +6634,9 @@ class ChatDecoder(Decoder):
             if choice.get("error"):
                 raise error_from_body(self.upstream_name, 200, choice, self.secrets)
             if not choice.get("index"):
-                message = choice.get(key, choice.get("message"))  # some stream whole completions
-                message = as_dict(message) or {"content": choice.get("text")}
+                # Some stream a whole completion; others, such as MiniMax, repeat it at the end.
+                full = choice.get(key) or not (out or self.started) and choice.get("message")
+                message = as_dict(full) or {"content": choice.get("text")}
                 if "reasoning_details" in message:
                     self.calls.add_details(message["reasoning_details"])
                 for each in message_events(message):
@@ -6645,7 +6645,7 @@ class ChatDecoder(Decoder):
                     else:
                         out.append(each)
                 reason = as_str(choice.get("finish_reason"))
-                self.reason = self.reason if reason in ("", "null") else reason
+                self.reason = self.reason if reason in ("", "null", "None") else reason
                 for name in ("stop_reason", "matched_stop"):  # vLLM's and SGLang's
                     self.stop_sequence = as_str(choice.get(name)) or self.stop_sequence
 
@@ -6699,6 +6699,11 @@ class CallInProgress:
         self.size += len(text)
         return text
 
+    def differs(self, text: str) -> bool:
+        """Whether text begins an object other than the arguments, which are complete."""
+        self.arguments = ["".join(self.arguments)]
+        return text[:1] == "{" and text != "{}" and not self.arguments[0].startswith(text)
+
     def _scan(self, text: str) -> int:
         """Return how much of a fragment belongs to the object; all of it if there is none."""
         if not self.size:
@@ -6722,13 +6727,13 @@ class CallInProgress:
 class ToolCallAssembler:
     """Numbers tool calls and joins their fragments, however a server labels them.
 
-    A fragment belongs to the call with its ID; else to the latest call of its index, or if the
-    index is new and the fragment has no name, to the latest call of all. It begins a call instead
-    if there is none, or if it has a name and that call
+    A fragment belongs to the latest call with its ID; else to that of its index, or if the index is
+    new and the fragment has no name, to the latest call of all. It begins a call instead if there
+    is none, or if it has a name and that call
 
     * has another name, or
     * has another ID, and its arguments are complete or have not begun, or
-    * has complete arguments, and the fragment has no ID.
+    * has complete arguments, and the fragment has no ID or begins other ones.
 
     So a new ID alone begins nothing: some servers send one with each fragment. A call is passed on
     from its name on, which may come after its ID; ID and name are sent once.
@@ -6745,8 +6750,10 @@ class ToolCallAssembler:
 
     def add(self, fragment: ToolCall, is_complete: bool = False) -> List[Event]:
         """Return the events of a fragment. APIError if there are too many calls."""
-        call = None if is_complete else self._find(fragment)
-        if call is None or self._begins_another(call, fragment):
+        call = self.by_id.get(fragment.id or "") or self.by_index.get(fragment.index)
+        if not (call or fragment.name or fragment.id):
+            call = self.latest
+        if is_complete or call is None or self._begins_another(call, fragment):
             call = self._begin(fragment)
         self.by_index[fragment.index] = self.latest = call
         if call.id is None and fragment.id:
@@ -6789,11 +6796,6 @@ class ToolCallAssembler:
         is_opaque = any(detail.get("data") or detail.get("signature") for detail in details)
         return {"reasoning_details": details} if is_opaque and self.details_room >= 0 else {}
 
-    def _find(self, fragment: ToolCall) -> Optional[CallInProgress]:
-        """Return the call that a fragment may continue."""
-        call = self.by_id.get(fragment.id or "") or self.by_index.get(fragment.index)
-        return call or (None if fragment.name or fragment.id else self.latest)
-
     @staticmethod
     def _begins_another(call: CallInProgress, fragment: ToolCall) -> bool:
         if not fragment.name or call.name is None:
@@ -6802,25 +6804,24 @@ class ToolCallAssembler:
             return True
         if fragment.id and call.id and fragment.id != call.id:
             return call.complete or not call.opened
-        return not fragment.id and call.complete
+        return call.complete and (not fragment.id or call.differs(fragment.arguments))
 
     def _begin(self, fragment: ToolCall) -> CallInProgress:
         if len(self.calls) == MAX_TOOL_CALLS:
             raise too_many_calls(self.upstream_name)
         call = CallInProgress(len(self.calls))
         self.calls.append(call)
-        if fragment.id in self.by_id:  # two calls with one ID: the dialects make one for the second
-            call.id = ""
+        if fragment.id and fragment.id in self.by_id:  # the dialects make another ID
+            call.id, self.by_id[fragment.id] = "", call
         return call
 
 
-# Of a message, by rank.
 # fmt: off
-REASONING_FIELDS = (
+REASONING_FIELDS = (  # of a message, by rank
     "reasoning_content", "reasoning", "reasoning_text", "thinking", "reasoning_details",
 )
 # fmt: on
-CALL_FIELDS = ("index", "id", "type", "function")  # of a tool call; others are the upstream's own
+CALL_FIELDS = ("index", "id", "type", "function", "name", "arguments", "parameters")  # of a call
 
 
 def message_events(message: Dict[str, Any]) -> List[Event]:
@@ -6828,7 +6829,7 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
     events: List[Event] = []
     images = as_list(message.get("images"))  # OpenRouter's and LiteLLM's
     reasoning = next((message[name] for name in REASONING_FIELDS if message.get(name)), None)
-    content = message.get("content") or message.get("refusal")
+    content, declined = message.get("content"), message.get("refusal")
     content = content or as_dict(message.get("audio")).get("transcript")
     if isinstance(content, (list, dict)):
         parts = content if isinstance(content, list) else [content]
@@ -6840,6 +6841,11 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
         events.append(Reasoning(reasoning))
     if isinstance(content, str) and content:
         events.append(Text(content))
+    if declined and isinstance(declined, str):
+        events.append(Refusal(declined))
+    if "annotations" in message:
+        given = map(as_dict, as_list(message["annotations"]))
+        events += [Citation(each) for each in given if as_dict(each.get("url_citation")).get("url")]
     for image in images:
         source = as_dict(image).get("image_url")
         url = as_str(as_dict(source).get("url", source))
@@ -6849,11 +6855,15 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
     if isinstance(message.get("function_call"), dict):
         calls = [{"index": 0, "function": message["function_call"]}]
     for position, call in enumerate(map(as_dict, calls)):
-        function, index = as_dict(call.get("function")), count_or_none(call.get("index"))
-        arguments = function.get("arguments") or ""
+        function = as_dict(call.get("function")) or call
+        arguments = function.get("arguments") or function.get("parameters") or ""
+        index = call.get("index")
+        if type(index) is not int or index >> 31:  # some send a string or a float
+            digits = str(index).removesuffix(".0")
+            index = int(digits) if re.fullmatch("[0-9]{1,9}", digits) else position
         events.append(
             ToolCall(
-                position if index is None or index >= 1 << 31 else index,
+                index,
                 arguments if isinstance(arguments, str) else _encode(arguments),
                 name_or_none(call.get("id")),
                 name_or_none(function.get("name")),
@@ -6874,7 +6884,7 @@ def joined_text(value: Any) -> str:
     if isinstance(value, list):
         return "".join(map(joined_text, value))
     if isinstance(value, dict):
-        fields = map(value.get, ("text", "thinking", "summary", "content", "value"))
+        fields = map(value.get, ("text", "thinking", "summary", "content", "value", "refusal"))
         return joined_text(next(filter(None, fields), None))
     return as_str(value)
 
@@ -6891,11 +6901,13 @@ def name_or_none(value: Any) -> Optional[str]:
 FINISH_REASONS: List[Tuple[str, str]] = [
     ("stop",           r"^(?:stop|eos|end|done|complete)"),
     ("error",          r"error|fail|abort|cancel|malformed|unexpected|overload|timeout|timed_out"
-                       r"|rate_limit|resource|unavailable|interrupt|network|exhausted|quota|kill"
-                       r"|out_of_memory|shutdown|deadline|preempt|missing|too_many"),
+                       r"|rate_limit|resource|unavailable|interrupt|network|exhausted|quota|kill|^oom"
+                       r"|out_of_|shutdown|deadline|preempt|missing|too_many|insufficient|busy"
+                       r"|credit|load_shed|internal|crash|disconnect|lost"),
     ("length",         r"length|token|context|limit"),
     ("content_filter", r"filter|safety|sensitive|refus|block|prohibit|moderat|policy|recitation"
-                       r"|spii|guardrail|inspect|violat|armor|flagged|risk"),
+                       r"|spii|guardrail|inspect|violat|armor|flagged|risk|harmful|nsfw|abus"
+                       r"|danger|complian|toxic|censor"),
     ("tool_calls",     r"tool|function"),
     ("stop",           r""),
 ]
@@ -6951,8 +6963,7 @@ def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
     if fields.get("prompt_tokens") is None:  # Anthropic counts cached tokens apart
         for name in ("cache_read_input_tokens", "cache_creation_input_tokens"):
             prompt += count_or_none(fields.get(name)) or 0
-    total = counts.get("total_tokens")
-    total = prompt + completion if total is None else total
+    total = counts.get("total_tokens") or prompt + completion
     reasoning = counts.get("reasoning_tokens")
     if reasoning and total == prompt + completion + reasoning:
         completion += reasoning  # xAI and others count reasoning apart
@@ -7217,12 +7228,15 @@ class PassthroughDecoder(Decoder):
     def _without_opening(self, data: bytes) -> bytes:
         """Hold data back until the first content; set ``error`` if an error comes instead."""
         for line in DATA_LINE.finditer(data.replace(b"\r", b"\n")):
-            value = line[1].strip()
-            if TOKEN.search(value) and value.find(b'"error') < 0:  # nearly always: no need to parse
+            field, value = line[1], line[2].strip()
+            # Nearly always a token comes first, which need not be parsed.
+            if field == b"data" and TOKEN.search(value) and value.find(b'"error') < 0:
                 self.started = True
                 break
             event = json_or_none(value) if value.startswith(b"{") else None
             failure = None if event is None else self._error_in(event)
+            if field != b"data":  # an event of the type "error"
+                failure = failure or event or value
             if value == b"[DONE]":
                 self.error = truncated(self.upstream_name, "ended its answer before it began")
             elif failure:
@@ -7265,7 +7279,7 @@ class PassthroughDecoder(Decoder):
 
 
 FIRST_KEY = re.compile(rb"data:\s{0,9}\{\s{0,9}")  # what precedes it in a line
-DATA_LINE = re.compile(rb"(?:^|\n|^\xef\xbb\xbf)(?:data|error):(.*)(?=\n)")
+DATA_LINE = re.compile(rb"(?:^|\n|^\xef\xbb\xbf)(event: ?error\n\n?data|data|error):(.*)(?=\n)")
 TOKEN = re.compile(rb'"delta":\s?\{"(?:content|reasoning_content|reasoning)":\s?"[^"]')
 OPENING_TYPES = re.compile(
     r"ping|keepalive|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)"
@@ -7290,20 +7304,15 @@ def is_error(body: Any) -> bool:
     """Whether a JSON body that came with status 200 is an error instead of an answer."""
     body = as_dict(body[0] if isinstance(body, list) and body else body)
     if body.get("object") == "response" or any(map(body.get, _ANSWER_FIELDS)):
-        return False
+        return any(as_dict(choice).get("error") for choice in as_list(body.get("choices")))
     names_error = "error" in (body.get("object"), body.get("type"))
     return bool(body.get("error") or body.get("errors") or names_error)
 
 
 def is_chat_error(body: Dict[str, Any]) -> bool:
     """Whether a completion or an event is an error, maybe just a code and words."""
-    has_words = not body.get("choices") and has_error_words(body)
+    has_words = not body.get("choices") and error_words(error_fields(body)) != ""
     return bool(body.get("error")) or is_error(body) or has_words
-
-
-def has_error_words(body: Any) -> bool:
-    """Whether a JSON body has a message of an error."""
-    return error_words(error_fields(body)) != ""
 
 
 def replace_form_model(call: Call, name: str) -> bytes:
@@ -7356,12 +7365,8 @@ class OpenAIController(Controller):
         base_url = options.base_url if has_path else options.base_url + "/v1"
         endpoint = re.search("/(?:chat/)?(?:completions|responses|embeddings)$", base_url)
         if endpoint:  # a reverse proxy may serve the API below such a path
-            log.warning(
-                "%s: its base_url ends in %s; if that is an endpoint, set it to %s",
-                self.name,
-                endpoint[0],
-                base_url[: endpoint.start()],
-            )
+            message = "%s: its base_url ends in %s; if that is an endpoint, set it to %s"
+            log.warning(message, self.name, endpoint[0], base_url[: endpoint.start()])
         self.transport = Transport(options, settings, base_url, self.name, headers)
         self.model_cache = Cache(f"{self.name}: models", self._fetch_models)
 
@@ -7385,13 +7390,9 @@ class OpenAIController(Controller):
         original, is_native = call.original, self.speaks(call.original.path)
         path = (original.path + original.query if is_native else CHAT_PATH)[len("/v1") :]
         data, content_type = self._request(call, is_native)
+        headers = {**original.headers, "Content-Type": content_type}
         response = self.transport.start_request(
-            "POST",
-            path,
-            call.scope,
-            data,
-            {**original.headers, "Content-Type": content_type},
-            retry_reason=call.attempt.retry_reason,
+            "POST", path, call.scope, data, headers, retry_reason=call.attempt.retry_reason
         )
         return EventStream(response, lambda response: self._decoder(call, response, is_native))
 
@@ -7407,11 +7408,8 @@ class OpenAIController(Controller):
         is_chat = not call.relay_only and not call.image_count
         body, dropped = adapt_body(body, self.options, is_chat) if body else (body, [])
         # a second "model" in the bytes could differ from the one that was authorized
-        if (
-            is_native
-            and body is original
-            and not (body and call.original.raw_body.count(b'"model"') > 1)
-        ):
+        is_ambiguous = body and call.original.raw_body.count(b'"model"') > 1
+        if is_native and body is original and not is_ambiguous:
             return call.original.raw_body, call.original.content_type
         call.attempt.ignored_params = dropped
         return request_json(body, len(call.original.raw_body)), "application/json"
@@ -7477,7 +7475,7 @@ class OpenAIController(Controller):
             body = json_or_none(data)
             items = as_list(as_dict(body).get(field.decode()))
             is_answer = not field or as_dict(next(iter(items), None)) != {}
-            has_words = not is_answer and has_error_words(body)
+            has_words = not is_answer and error_words(error_fields(body)) != ""
             is_cut_off = body is None and text[1:].lstrip().startswith(b'"error"')
             if is_error(body) or has_words or is_cut_off:
                 raise error_from_body(self.name, 200, data if body is None else body, self.secrets)
@@ -7494,15 +7492,9 @@ class OpenAIController(Controller):
         return ChatDecoder(self.name, self.secrets).decode_body(as_dict(body))
 
     def _status_error(self, response: UpstreamResponse, data: bytes, model: str) -> NoReturn:
-        body = json_or_none(data)
-        raise error_from_body(
-            self.name,
-            response.status,
-            data if body is None else body,
-            self.secrets,
-            response.headers,
-            (model, self.upstream_model(model)),
-        )
+        body, models = json_or_none(data), (model, self.upstream_model(model))
+        body, headers = data if body is None else body, response.headers
+        raise error_from_body(self.name, response.status, body, self.secrets, headers, models)
 
     def _fetch_models(self) -> Tuple[List[Dict[str, Any]], float]:
         response, body = self.transport.get_json("/models")
@@ -8641,7 +8633,8 @@ class Dialect:
         elif isinstance(event, RawBytes):
             self.usage = event.usage or self.usage
         else:
-            self.output_units += event_units(event)
+            name = event.name or "" if isinstance(event, ToolCall) else ""
+            self.output_units += token_units(name + text_of(event))
         return event
 
     def opening_frames(self) -> bytes:
@@ -8816,6 +8809,10 @@ class ChatCompletions(Dialect):
         return b'%b{"index":0,"delta":{"content":%b}%b' % (self.head, text, self.tail)
 
     def encode_event(self, event: Event) -> bytes:
+        if isinstance(event, Refusal):
+            return self.frame({"refusal": event.text})
+        if isinstance(event, Citation):
+            return self.frame({"annotations": [event.annotation]})
         if isinstance(event, Text):
             return self.text_frame(to_json(event.text))
         if isinstance(event, Reasoning):
@@ -8833,12 +8830,14 @@ class ChatCompletions(Dialect):
         return last + b"data: [DONE]\n\n"
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        text = self.text(answer)
-        message: Dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        text, declined = self.text(answer), answer.refusal_text or None
+        content = text or None if answer.tools or declined else text
+        message: Dict[str, Any] = {"role": "assistant", "content": content, "refusal": declined}
         if answer.reasoning:
             message["reasoning_content"] = answer.reasoning
+        if answer.citations:
+            message["annotations"] = [each.annotation for each in answer.citations]
         if answer.tools:
-            message["content"] = text or None
             message["tool_calls"] = list(map(tool_call, answer.tools))
         body = self.body({"index": 0, "message": message, "logprobs": None}, answer)
         image = next(iter(answer.images), None)
@@ -8891,14 +8890,15 @@ class Completions(ChatCompletions):
         return call
 
     def frame(self, delta: Dict[str, Any]) -> bytes:
-        text = delta.get("content")  # the format has no fields for reasoning and tool calls
+        text = delta.get("content") or delta.get("refusal")  # there are no other fields
         return self.text_frame(to_json(text)) if text else b""
 
     def text_frame(self, text: bytes) -> bytes:
         return b'%b{"text":%b,"index":0,"logprobs":null%b' % (self.head, text, self.tail)
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        return self.body({"text": self.text(answer), "index": 0, "logprobs": None}, answer)
+        text = self.text(answer) or answer.refusal_text
+        return self.body({"text": text, "index": 0, "logprobs": None}, answer)
 
 
 class Images(Dialect):
@@ -8933,12 +8933,8 @@ class Images(Dialect):
         )
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        return {
-            "created": self.created,
-            "data": [
-                {**self.source(image), "revised_prompt": image.prompt} for image in answer.images
-            ],
-        }
+        data = [{**self.source(image), "revised_prompt": image.prompt} for image in answer.images]
+        return {"created": self.created, "data": data}
 
     def source(self, image: Image) -> Dict[str, Any]:
         if image.data is None:
@@ -9057,7 +9053,8 @@ class BlockRequest(Dialect):
         result = (block[name] for name in ("content", "output", "tools") if name in block)
         parts = self.convert_content(next(result, None))
         text = "\n\n".join(part["text"] for part in parts if part["type"] == "text")
-        if block.get("is_error") is True and not text.lower().startswith("error"):
+        failed = block.get("is_error") is True or block.get("status") == "failed"
+        if failed and not text.lower().startswith("error"):
             text = f"Error: {text or 'the tool failed.'}"
         call_id, _ = sent_id(block.get("tool_use_id", block.get("call_id")))
         self.messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
@@ -9100,19 +9097,20 @@ class BlockRequest(Dialect):
         if text is not None:
             text = DATA_IMAGE.sub("[An image is left out.]", text)
             return [{"type": "text", "text": text}]
-        if block_type in ("image", "input_image"):
+        if block_type in ("image", "input_image", "computer_screenshot", "image_url"):
             url = fields.get("image_url") or source.get("url")
+            url = as_dict(url).get("url", url)
             if source.get("type") == "base64":
                 url = f"data:{source.get('media_type')};base64,{source.get('data')}"
             if isinstance(url, str):
                 detail = fields.get("detail")
                 image = {"url": url, **({"detail": detail} if detail in ("low", "high") else {})}
                 return [{"type": "image_url", "image_url": image}]
-        if block_type == "document" and source.get("type") in ("text", "content"):
-            return self.convert_content(source.get("data") or source.get("content"), param)
-        if block_type == "search_result":
-            about = [as_str(fields.get("title")), as_str(fields.get("source"))]
-            return self.convert_content([*about, *as_list(fields.get("content"))], param)
+        if block_type == "search_result" or source.get("type") in ("text", "content"):
+            about = map(as_str, map(fields.get, ("title", "source", "context")))
+            content = fields.get("content") or source.get("data") or source.get("content")
+            content = content if isinstance(content, list) else [content or ""]
+            return self.convert_content([*filter(None, about), *content], param)
         if block is None and (self.has_begun or not param):
             return []
         if not param or self.has_begun and block_type:
@@ -9127,11 +9125,8 @@ class BlockRequest(Dialect):
         """Convert the format of an answer, as Responses names it."""
         if format_spec.get("type") in (None, "text"):
             return None
-        schema = {
-            name: value
-            for name, value in format_spec.items()
-            if name != "type" and value is not None
-        }
+        given = ((name, value) for name, value in format_spec.items() if value is not None)
+        schema = {name: value for name, value in given if name != "type"}
         return {"type": format_spec["type"], **({"json_schema": schema} if schema else {})}
 
     def convert_tools(
@@ -9154,14 +9149,14 @@ class BlockRequest(Dialect):
     def convert_tool(
         self, tool: Dict[str, Any], param: str, space: Optional[str]
     ) -> Dict[str, Any]:
-        """Convert a function. OpenAI rejects schemas of parameters without ``properties``."""
+        """Convert a function. OpenAI wants the schema of an object with ``properties``."""
         name = required_field(tool, "name", str, f"a string in {param}")
         function: Dict[str, Any] = {"name": self.sent_name(name, space)}
         for key in ("description", "strict"):
             if tool.get(key) is not None:
                 function[key] = tool[key]
         schema = as_dict(tool.get(self.SCHEMA_KEY)).items()
-        given = {name: value for name, value in schema if value is not None}
+        given = {name: value for name, value in schema if value is not None and name != "type"}
         function["parameters"] = {"type": "object", "properties": {}, **given}
         return {"type": "function", "function": function}
 
@@ -9300,7 +9295,7 @@ class BlockDialect(BlockRequest):
 
     def answer_blocks(self, answer: Answer) -> List[BlockEvent]:
         """An answer as a sequence of events, one per block."""
-        blocks: List[BlockEvent] = [Text(self.text(answer))]
+        blocks: List[BlockEvent] = [Text(self.text(answer)), Refusal(answer.refusal_text)]
         self.keep_reasoning(answer.reasoning)
         if self.show_reasoning:
             blocks.insert(0, Reasoning(answer.reasoning))
@@ -9577,7 +9572,7 @@ class Messages(BlockDialect):
     DETAILED_CODES = ("thread_unsupported_request",)  # those that the SDK looks for
     FUNCTION_TYPES, SCHEMA_KEY = (None, "custom"), "input_schema"
     DELTA_TYPES = {
-        Text: (b"text_delta", b"text"),
+        Text: (b"text_delta", b"text"), Refusal: (b"text_delta", b"text"),
         Reasoning: (b"thinking_delta", b"thinking"),
         ToolCall: (b"input_json_delta", b"partial_json"),
     }
@@ -9590,6 +9585,7 @@ class Messages(BlockDialect):
         529: "overloaded_error",
     }
     # fmt: on
+    has_refusal = False
 
     # -- the request
 
@@ -9605,13 +9601,9 @@ class Messages(BlockDialect):
         tools = self.convert_tools(body.get("tools"))
         system = self.convert_content(body.get("system") or [], "system")
         self.append_message("system", list(map(without_billing_header, system)))
-        sent = map(as_dict, required_field(body, "messages", list, "a list of messages"))
-        self.convert_messages(
-            [
-                (f"messages[{i}]", each.get("role"), each.get("content"))
-                for i, each in enumerate(sent)
-            ]
-        )
+        sent = enumerate(required_field(body, "messages", list, "a list of messages"))
+        fields = [(f"messages[{i}]", as_dict(each)) for i, each in sent]
+        self.convert_messages([(i, each.get("role"), each.get("content")) for i, each in fields])
         chat: Dict[str, Any] = {"user": self.user_name(body)}
         response_format = as_dict(config.get("format") or body.get("output_format"))
         if response_format.get("type") == "json_schema":
@@ -9710,10 +9702,12 @@ class Messages(BlockDialect):
         if isinstance(event, Reasoning):
             signature = UNSIGNED if event.text else ""  # in a stream it follows the text
             return {"type": "thinking", "thinking": event.text, "signature": signature}
+        self.has_refusal = self.has_refusal or isinstance(event, Refusal)
         return {"type": "text", "text": event.text}
 
     def stop_fields(self, finish: Finish) -> Dict[str, Any]:
-        reason, sequence = self.STOP_REASONS.get(finish.reason, "end_turn"), finish.stop_sequence
+        default, sequence = "refusal" if self.has_refusal else "end_turn", finish.stop_sequence
+        reason = self.STOP_REASONS.get(finish.reason, default)
         if sequence is None or sequence not in as_list(self.call.body.get("stop")):
             return {"stop_reason": reason, "stop_sequence": None}
         return {"stop_reason": "stop_sequence", "stop_sequence": sequence}
@@ -9728,7 +9722,7 @@ class Messages(BlockDialect):
             "cache_read_input_tokens": read,
             "cache_creation_input_tokens": written,
             "output_tokens": usage["completion_tokens"],
-            **estimate_mark(usage),
+            **({"estimated": True} if is_estimated(usage) else {}),
         }
 
     @staticmethod
@@ -9816,11 +9810,6 @@ def call_input(arguments: str) -> Dict[str, Any]:
     return value if isinstance(value, dict) else {"arguments": arguments}
 
 
-def estimate_mark(usage: Dict[str, Any]) -> Dict[str, bool]:
-    """The field that marks estimated token counts."""
-    return {"estimated": True} if is_estimated(usage) else {}
-
-
 def usage_detail(usage: Dict[str, Any], of: str, name: str) -> int:
     """A detail of OpenAI's prompt or completion token counts; 0 if missing."""
     return count_or_none(as_dict(usage.get(of + "_tokens_details")).get(name)) or 0
@@ -9863,6 +9852,7 @@ class Responses(BlockDialect):
         response.output_item.added   {"output_index":0,"item":{"id":"msg_1","content":[],...}}
         response.content_part.added  {"item_id":"msg_1","part":{"text":"",...},...}
         response.output_text.delta   {"item_id":"msg_1","content_index":0,"delta":"Hi",...}
+        response.output_text.annotation.added  {"item_id":"msg_1","annotation":{...},...}
         response.output_text.done    {"item_id":"msg_1","content_index":0,"text":"Hi",...}
         response.content_part.done   {"item_id":"msg_1","part":{"text":"Hi",...},...}
         response.output_item.done    {"output_index":0,"item":{...}}
@@ -9894,6 +9884,8 @@ class Responses(BlockDialect):
     ITEMS: Dict[Any, ItemWire] = {  # by event
         Text: ItemWire("message", "msg_", "response.output_text", "text", {"content_index": 0},
                        {"logprobs": []}, "response.content_part"),
+        Refusal: ItemWire("message", "msg_", "response.refusal", "refusal", {"content_index": 0},
+                          {}, "response.content_part"),
         Reasoning: ItemWire("reasoning", UNSIGNED_ID, "response.reasoning_summary_text", "text",
                             {"summary_index": 0}, {}, "response.reasoning_summary_part"),
         ToolCall: ItemWire("function_call", "fc_", "response.function_call_arguments", "arguments"),
@@ -9908,6 +9900,7 @@ class Responses(BlockDialect):
 
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         self.output: List[Dict[str, Any]] = []  # completed items
+        self.annotations: List[Dict[str, Any]] = []  # of the text
         self.custom_tools: Set[str] = set()  # names, as they are sent
         super().__init__(body, base_url)
 
@@ -10013,6 +10006,16 @@ class Responses(BlockDialect):
         self.sequence_number += 1
         return event_frame(name, sequence_number=self.sequence_number - 1, **fields)
 
+    def encode_event(self, event: Event) -> bytes:
+        if not isinstance(event, Citation):
+            return super().encode_event(event)
+        cited = {"type": "url_citation", **event.annotation["url_citation"]}
+        self.annotations.append(cited)
+        if self.open_block != (Text, None):
+            return b""
+        at = {**self.item_ref, "annotation_index": len(self.annotations) - 1, "annotation": cited}
+        return self.frame("response.output_text.annotation.added", **at)
+
     def start_block(self, event: BlockEvent) -> bytes:
         wire = self.open_wire = self.wire(event)
         item = self.output_item(event, wire.id_prefix + new_id(), "in_progress")
@@ -10046,17 +10049,14 @@ class Responses(BlockDialect):
             text = custom_input(text)
             frames = self.delta_frame(text)
         fields = {**self.item_ref, **wire.more, wire.text_field: text}
-        return (
-            frames
-            + self.frame(wire.text_event + ".done", **fields)
-            + self.part_frame("done", event)
-            + self.item_frame("done", self.output[-1])
-        )
+        frames += self.frame(wire.text_event + ".done", **fields) + self.part_frame("done", event)
+        if isinstance(event, Text):
+            self.annotations = []
+        return frames + self.item_frame("done", self.output[-1])
 
     def item_frame(self, step: str, item: Dict[str, Any]) -> bytes:
         """The event of an item that is added or done."""
-        name = f"response.output_item.{step}"
-        return self.frame(name, output_index=self.block_index, item=item)
+        return self.frame(f"response.output_item.{step}", output_index=self.block_index, item=item)
 
     def part_frame(self, step: str, event: BlockEvent) -> bytes:
         """The event of an item's only part that is added or done; a tool call has none."""
@@ -10078,6 +10078,8 @@ class Responses(BlockDialect):
         return frames + self.frame("response.failed", response=response)
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
+        for each in answer.citations:
+            self.encode_event(each)
         self.output = [
             self.output_item(event, self.wire(event).id_prefix + new_id())
             for event in self.answer_blocks(answer)
@@ -10108,12 +10110,14 @@ class Responses(BlockDialect):
             "usage": response_usage(usage) if usage else None,
         }
 
-    @staticmethod
-    def part_object(event: TextEvent) -> Dict[str, Any]:
+    def part_object(self, event: TextEvent) -> Dict[str, Any]:
         """The only part of a message or of reasoning."""
         if isinstance(event, Reasoning):
             return {"type": "summary_text", "text": event.text}
-        return {"type": "output_text", "text": event.text, "annotations": [], "logprobs": []}
+        if isinstance(event, Refusal):
+            return {"type": "refusal", "refusal": event.text}
+        fields = {"text": event.text, "annotations": self.annotations, "logprobs": []}
+        return {"type": "output_text", **fields}
 
     def output_item(
         self, event: BlockEvent, item_id: str, status: str = "completed"
@@ -10145,7 +10149,7 @@ def response_usage(usage: Dict[str, Any]) -> Dict[str, Any]:
         "total_tokens": usage["total_tokens"],
         "output_tokens_details": {"reasoning_tokens": reasoning},
         "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
-        **estimate_mark(usage),
+        **({"estimated": True} if is_estimated(usage) else {}),
     }
 
 
@@ -10240,11 +10244,6 @@ def remove_model_params(query: str) -> str:
         return "" if is_model_field(urllib.parse.unquote_plus(param[1])) else param[0]
 
     return re.sub("([^&;=]*)[^&;]*[&;]?", remaining, query).rstrip("&;")
-
-
-def has_escaped_letters(data: bytes) -> bool:
-    """Whether JSON may contain escaped letters, as in "mod\\u0065l"."""
-    return data.find(b"\\u006") >= 0 or data.find(b"\\u004") >= 0
 
 
 def check_names(names: Iterable[str], refused: Iterable[str] = ()) -> None:
@@ -12360,7 +12359,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             is_marked = max(map(data.find, OWN_MARKS)) >= 0
             if is_marked:
                 call.original.body = without_own_marks(call.original.body)
-            if is_marked or has_escaped_letters(data):
+            has_escaped_letters = max(data.find(b"\\u006"), data.find(b"\\u004")) >= 0
+            if is_marked or has_escaped_letters:
                 call.original.raw_body = request_json(call.original.body, len(data))
         return dialect
 

@@ -815,6 +815,7 @@ def test_fold_adds_up():
     answer = fold([Reasoning("h"), Reasoning("m"), Text("a"), ToolCall(1, "", "id1", "g"), ToolCall(0, "{", "id0", "f"),
                    ToolCall(0, "}"), Text("b"), Finish("stop")])
     assert answer == Answer("ab", "hm", [ToolCall(0, "{}", "id0", "f"), ToolCall(1, "{}", "id1", "g")], [], Finish("stop"))
+    assert fold([Text("a"), akashproxy.Refusal("n"), akashproxy.Refusal("o")]) == Answer("a", refusal_text="no")
 
 
 R, T = Reasoning, Text
@@ -866,6 +867,7 @@ def test_a_tag_that_was_never_opened():
     "other alphabets weigh more": ([], 1, "привіт!", [T("привіт"), Finish("length")]),
     "East Asia's most": ([], 2, "日本語日本", [T("日本語日"), Finish("length")]),
     "a stop before the length": (["5"], 2, "0123456789abcdefg", [T("01234"), Finish("stop", stop_sequence="5")]),
+    "a length within what may begin a stop": (["f----------"], 2, "0123456789abcdef-", [T("0123456789abcdef"), Finish("length")]),
     "a length before the stop": (["h"], 2, "0123456789abcdefgh", [T("0123456789abcdef"), Finish("length")]),
     "one within another": (["aaba", "ab"], None, "aabaab", [T("a"), Finish("stop", stop_sequence="ab")]),
     "one ends within another": (["abc", "bcd"], None, "xabcd", [T("x"), Finish("stop", stop_sequence="abc")]),
@@ -917,6 +919,7 @@ BAD_SETTINGS = {
     "CONNECT_TIMEOUT=0.0": "CONNECT_TIMEOUT: must be greater than 0",
     "IDLE_TIMEOUT=-1": "IDLE_TIMEOUT: '-1' is not a number of seconds",
     "IDLE_TIMEOUT=nan": "not a number",
+    "IDLE_TIMEOUT=" + "9" * 400: "is not a number of seconds",
     "MAX_BODY=1e9": "MAX_BODY: '1e9' is not a whole number",
     "BEARER_TOKEN=a,,b": "BEARER_TOKEN: must not be empty",
     "BEARER_TOKEN=,": "BEARER_TOKEN: must not be empty",
@@ -2752,6 +2755,12 @@ def test_a_bad_key_of_the_environment_is_one_mistake_of_several(config):
     assert "OPENAI_API_KEY: only printable ASCII" in str(caught.value) and "max_wait" in str(caught.value)
 
 
+def test_openais_variables_are_named_among_other_mistakes():
+    with pytest.raises(ConfigError) as caught:
+        Settings.load({"UPSTREAM": "openai", "OPENAI_API_KEY": "a\nb", "OPENAI_BASE_URL": "x", "PORT": "x", "MAX_WAIT": "x"})
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == ["MAX_WAIT", "OPENAI_BASE_URL", "OPENAI_API_KEY", "PORT"]
+
+
 def test_what_wins_over_what(config):
     path = config({"port": 8080, "max_wait": 1, "pool": {"type": "random"}, "idle_timeout": 2.5, "bearer_token": ["a", "b"]})
     settings = Settings.load({"MAX_WAIT": "5", "CHATGPT_APISERVER_POOL_TYPE": "balanced", "CHATGPT_APISERVER_PORT": "81",
@@ -2912,11 +2921,12 @@ ERROR_EVENT = b'data: {"error":{"message":"boom","type":"server_error","code":nu
 
 # What servers say of why an answer ended, and what it means; "": an error.
 REASONS = {
-    "stop": "stop eos EOS_TOKEN end_turn STOP stop_sequence completed whatever",
+    "stop": "stop eos EOS_TOKEN end_turn STOP stop_sequence completed whatever harmony_end",
     "length": "length max_tokens MAX_TOKENS model_length max_output_tokens model_context_window_exceeded token_limit",
-    "content_filter": "content_filter content-filter SAFETY sensitive refusal RECITATION PROHIBITED_CONTENT BLOCKLIST guardrail_intervened SPII MODEL_ARMOR content_flagged",
+    "content_filter": "content_filter content-filter SAFETY sensitive refusal RECITATION PROHIBITED_CONTENT BLOCKLIST guardrail_intervened SPII MODEL_ARMOR content_flagged nsfw DANGEROUS_CONTENT harmful toxicity",
     "": "error network_error insufficient_system_resource abort cancelled MALFORMED_FUNCTION_CALL engine_overloaded timeout rate_limit_exceeded"
-        " MISSING_THOUGHT_SIGNATURE TOO_MANY_TOOL_CALLS insufficient_quota deadline_exceeded out_of_memory",
+        " MISSING_THOUGHT_SIGNATURE TOO_MANY_TOOL_CALLS insufficient_quota deadline_exceeded out_of_memory"
+        " oom OutOfCredits insufficient_balance server_busy load_shed internal worker_crashed client_disconnected",
 }
 
 
@@ -2957,6 +2967,11 @@ def call_parts(*parts):
     "id and name in each fragment": (call_parts((0, "a", "f", '{"a"'), (0, "a", "f", ":1}")), [("f", '{"a":1}')]),
     "the name in each fragment": (call_parts((0, None, "f", '{"a"'), (0, None, "f", ":1}")), [("f", '{"a":1}')]),
     "one id for two calls": (call_parts((0, "a", "f", "{}"), (1, "a", "g", "{}")), [("f", "{}"), ("g", "{}")]),
+    "one id for two calls of one function": (call_parts((0, "a", "f", '{"a":1}'), (1, "a", "f", '{"b"'), (1, "a", None, ":2}")), [("f", '{"a":1}'), ("f", '{"b":2}')]),
+    "indexes as strings": (call_parts([("0", "a", "f", '{"a"'), ("1", "b", "g", '{"b"')], ("1", None, None, ":2}"), ("0", None, None, ":1}")), [("f", '{"a":1}'), ("g", '{"b":2}')]),
+    "indexes as floats": (call_parts([(0.0, "a", "f", '{"a"'), (1.0, "b", "g", '{"b"')], (1.0, None, None, ":2}"), (0.0, None, None, ":1}")), [("f", '{"a":1}'), ("g", '{"b":2}')]),
+    "no function, but its fields": (call_parts({"tool_calls": [{"index": 0, "id": "a", "type": "function", "name": "f", "arguments": '{"a":1}'}]}), [("f", '{"a":1}')]),
+    "arguments by another name": (call_parts({"tool_calls": [{"index": 0, "id": "a", "function": {"name": "f", "parameters": {"a": 1}}}]}), [("f", '{"a":1}')]),
     "an index that jumps": (call_parts((0, "a", "f", '{"a"'), (7, None, None, ":1}")), [("f", '{"a":1}')]),
     "counted from 1": (call_parts((1, "a", "f", "{}"), (2, "b", "g", "{}")), [("f", "{}"), ("g", "{}")]),
     "arguments as an object": (call_parts((0, "a", "f", {"a": 1})), [("f", '{"a":1}')]),
@@ -3063,8 +3078,9 @@ def test_a_stream_under_another_type(kind, path, fake, pool):
     "a code": (False, b'{"code":500,"msg":"x"}'), "an error object": (False, b'{"object":"error","message":"x"}'), "half": (False, b'{"choices":[{"mess'),
     "only [DONE]": (True, b"data: [DONE]\n\n"), "nothing": (True, b""), "an error first": (True, ERROR_EVENT), "comments": (True, b": x\n\n"),
     "an error with NaN": (False, b'{"error":{"message":NaN}}'), "half an error": (False, b'{"error":{oops'), "no UTF-8": (False, b'{"error":"\xff"}'),
-    "an object for a list": (False, b'{"choices":{}}'), "an empty choice": (False, b'{"choices" : [ {} ]}'), "null as a choice": (False, b'{"choices":[null]}'), "a list": (False, b"[]"),
+    "an object for a list": (False, b'{"choices":{}}'), "an empty choice": (False, b'{"choices" : [ {} ]}'), "an error in a choice": (False, b'{"choices":[{"message":{"content":"a"},"error":{"message":"x"}}]}'), "null as a choice": (False, b'{"choices":[null]}'), "a list": (False, b"[]"),
     "a role, then [DONE]": (True, FakeOpenAI.event(assistant("")) + b"data: [DONE]\n\n"), "no choice, then [DONE]": (True, b'data: {"choices":[]}\n\ndata: [DONE]\n\n'),
+    "an error in words": (True, b"event: error\ndata: x\n\n"), "a role, then an error in words": (True, FakeOpenAI.event(assistant("")) + b"event: error\ndata: x\n\n"),
     "a role, then an error": (True, FakeOpenAI.event({"role": "assistant"}) + ERROR_EVENT), "a role, then nothing": (True, FakeOpenAI.event({"role": "assistant"})),
 })
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
@@ -3091,7 +3107,7 @@ def test_whole_calls_without_a_name(call, error, fake, pool):
 
 @table({
     "DeepSeek": ({"prompt_cache_hit_tokens": 80}, 80, 0), "Moonshot": ({"cached_tokens": 80}, 80, 0), "OpenAI": ({"prompt_tokens_details": {"cached_tokens": 80}}, 80, 0),
-    "reasoning apart": ({"reasoning_tokens": 4}, 0, 4), "no total": ({"total_tokens": None}, 0, 0), "all cached": ({"prompt_cache_hit_tokens": 100}, 100, 0),
+    "reasoning apart": ({"reasoning_tokens": 4}, 0, 4), "no total": ({"total_tokens": None}, 0, 0), "a total of 0": ({"total_tokens": 0}, 0, 0), "all cached": ({"prompt_cache_hit_tokens": 100}, 100, 0),
     "more cached than sent": ({"cached_tokens": 500}, 100, 0), "thinking": ({"completion_tokens_details": {"thinking_tokens": 3}}, 0, 3), "no details": ({"prompt_tokens_details": None}, 0, 0),
     "Responses": ({"prompt_tokens": None, "input_tokens": 100, "completion_tokens": None, "output_tokens": 5, "input_tokens_details": {"cached_tokens": 80},
                    "output_tokens_details": {"reasoning_tokens": 4}}, 80, 4),
@@ -3229,7 +3245,17 @@ def test_only_its_own_type_makes_an_event_the_end(path, last, own, line_break):
     "a whole completion as an event": (b'data: {"choices":[{"message":{"content":"a"},"finish_reason":"stop"}]}\n\n', [T("a"), Finish("stop")], None),
     "deltas beside the message so far": (b'data: {"choices":[{"delta":{"content":"a"},"message":{"content":"a"}}]}\n\n'
                                          b'data: {"choices":[{"delta":{},"message":{"content":"a"},"finish_reason":"stop"}]}\n\n', [T("a"), Finish("stop")], None),
+    "the message once more at the end": (FakeOpenAI.event({"reasoning_content": "h"}) + FakeOpenAI.event({"content": "a"}) + FakeOpenAI.event(calls((0, "c", "f", "{}")))
+                                         + b'data: {"choices":[{"message":{"reasoning_content":"h","content":"a","tool_calls":[{"id":"c","function":{"name":"f","arguments":"{}"}}]},'
+                                         b'"finish_reason":"tool_calls"}]}\n\n', [R("h"), T("a"), ToolCall(0, "", "c", "f"), Finish("tool_calls")], None),
+    "another mark at the end": (FakeOpenAI.event({"content": "a"}, "stop") + b"data: [END]\n\n", [T("a"), Finish("stop")], None),
+    "such a mark too early": (FakeOpenAI.event({"content": "a"}) + b"data: [END]\n\n", [T("a")], "not JSON"),
+    "a part with a refusal": (FakeOpenAI.event({"content": [{"type": "refusal", "refusal": "no"}]}, "stop"), [T("no"), Finish("stop")], None),
+    "a refusal after text": (FakeOpenAI.event({"content": "a", "refusal": "no"}, "stop"), [T("a"), akashproxy.Refusal("no"), Finish("stop")], None),
+    "a refusal": (FakeOpenAI.event({"content": None, "refusal": ""}) + FakeOpenAI.event({"refusal": "no"}, "stop"), [akashproxy.Refusal("no"), Finish("stop")], None),
     "an error within": (FakeOpenAI.event({"content": "a"}) + ERROR_EVENT, [T("a")], "boom"),
+    "an error in words": (FakeOpenAI.event({"content": "a"}) + b"event: error\ndata: boom\n\n", [T("a")], "boom"),
+    "an error by its event": (b'event: error\ndata: {"reason":"boom"}\n\n', [], "boom"),
     "an error as text": (b'data: {"error":"boom"}\n\n', [], "boom"),
     "it just ends": (FakeOpenAI.event({"content": "a"}), [T("a")], EARLY),
     "[DONE] without a finish": (FakeOpenAI.event({"content": "a"}) + b"data: [DONE]\n\n", [T("a")], EARLY),
@@ -3255,6 +3281,7 @@ def test_only_its_own_type_makes_an_event_the_end(path, last, own, line_break):
     "parts with a value, strings and others": (FakeOpenAI.event({"content": [{"type": "text", "text": {"value": "a", "annotations": []}}, "b", None, 7, {"type": "reference", "reference_ids": [1]}]}, "stop"),
                                                [T("ab"), Finish("stop")], None),
     "null as a string": (FakeOpenAI.event({"content": "a"}, "null") + FakeOpenAI.event({"content": "b"}, "stop"), [T("ab"), Finish("stop")], None),
+    "Python's null as a string, then nothing": (FakeOpenAI.event({"content": "a"}, "None"), [T("a")], EARLY),
     "null as a string, then nothing": (FakeOpenAI.event({"content": "a"}, "null"), [T("a")], EARLY),
     "an error in a choice": (b'data: {"choices":[{"delta":{"content":""},"error":{"message":"boom"},"finish_reason":"error"}]}\n\n', [], "boom"),
     "llama.cpp's field": (b'error: {"code":400,"message":"boom"}\n\ndata: [DONE]\n\n', [], "boom"),
@@ -3277,6 +3304,9 @@ CREATED = b'data: {"type":"response.created","response":{"object":"response","er
     ("/v1/chat/completions", b'error: {"code":400,"message":"it exceeds the available context size"}\n\ndata: [DONE]\n\n', 400),
     ("/v1/chat/completions", b'data: {"code":500,"msg":"it exceeds"}\n\n', 500),
     ("/v1/chat/completions", b'data: {"detail":"it exceeds"}\n\n', 502),
+    ("/v1/chat/completions", b"event: error\r\ndata: it exceeds\r\n\r\n", 502),
+    ("/v1/chat/completions", b'event: error\ndata: {"status":429,"reason":"it exceeds"}\n\n', 429),
+    ("/v1/chat/completions", {"choices": [{"message": {"content": ""}, "finish_reason": "error", "error": {"code": 400, "message": "it exceeds"}}]}, 400),
     ("/v1/chat/completions", b'data: {"choices":null,"base_resp":{"status_code":1000,"status_msg":"it exceeds"}}\n\n', 502),
     ("/v1/chat/completions", b'data: {"error":{"code":429,"message":"it exceeds"},"choices":[{"delta":{"content":""},"finish_reason":"error"}]}\n\ndata: [DONE]\n\n', 429),
     ("/v1/responses", b'data: {"type":"keepalive"}\n\n' + CREATED + b'data: {"type":"response.failed","response":{"object":"response","error":{"code":"rate_limit_exceeded","message":"it exceeds"}}}\n\n', 429),
@@ -5395,6 +5425,8 @@ def becomes_a_chat(server, fake, path, body, messages):
     "an unknown block in a history": ([user([{"type": "hologram"}]), assistant("ok")],
                                       [user("[A block of type 'hologram' is left out.]"), assistant("ok")]),
     "empty blocks": ([system([text_part("")]), user([text_part(""), text_part("x")])], [user("x")]),
+    "text as a document": ([user([{"type": "document", "title": "T", "context": "C", "source": {"type": "text", "media_type": "text/plain", "data": "words"}},
+                                   {"type": "document", "source": {"type": "content", "content": [text_part("a"), text_part("b")]}}])], [user("T\n\nC\n\nwords\n\na\n\nb")]),
     "results of a search": ([user([{"type": "search_result", "source": "http://s", "title": "T", "content": [text_part("found")]}])], [user("T\n\nhttp://s\n\nfound")]),
 })
 def test_a_history_of_messages_as_a_chat(messages, chat, fake, pool):
@@ -5441,6 +5473,10 @@ DEVELOPER, SAYS = developer("B"), assistant("doing")
                 [called(("c1", "local_shell", '{"command":["ls"]}')), R1]),
     "a patch": ([{"type": "apply_patch_call", "call_id": "c1", "operation": {"path": "a"}}, {"type": "apply_patch_call_output", "call_id": "c1", "output": "1"}],
                 [called(("c1", "apply_patch", '{"path":"a"}')), R1]),
+    "a patch that failed": ([{"type": "apply_patch_call", "call_id": "c1", "operation": {}}, {"type": "apply_patch_call_output", "call_id": "c1", "status": "failed", "output": "no"}],
+                            [called(("c1", "apply_patch", "{}")), returned("c1", "Error: no")]),
+    "a screenshot": ([{"type": "computer_call", "call_id": "c1", "action": {}}, {"type": "computer_call_output", "call_id": "c1", "output": {"type": "computer_screenshot", "image_url": "data:x"}}],
+                     [called(("c1", "computer", "{}")), returned("c1", ""), user([{"type": "image_url", "image_url": {"url": "data:x"}}])]),
     "a message of another agent": ([{"type": "agent_message", "author": "/root", "recipient": "/root/a", "content": [{"type": "input_text", "text": "Payload:"}, {"type": "encrypted_content", "encrypted_content": "go"}]}],
                                    [user("Payload:\n\ngo")]),
     "an encrypted one": ([user("x"), {"type": "agent_message", "content": [{"type": "encrypted_content", "encrypted_content": "gAAAAABx"}]}],
@@ -5450,6 +5486,7 @@ DEVELOPER, SAYS = developer("B"), assistant("doing")
     "a PDF in an output": ([CALL_ITEM, {**OUTPUT_ITEM, "output": [PDF_FILE]}], [C1, returned("c1", PDF_NOTE)]),
     "a PDF in the first of two messages": ([user([PDF_FILE]), system("B"), user("y")], [system("B"), user(PDF_NOTE), user("y")]),
     "a PDF in an earlier message": ([user([PDF_FILE]), SAYS, user("y")], [user(PDF_NOTE), SAYS, user("y")]),
+    "an image in the form of a chat": ([user([{"type": "image_url", "image_url": {"url": "data:x"}}])], [user([{"type": "image_url", "image_url": {"url": "data:x"}}])]),
     "how closely to look": ([user([{"type": "input_image", "image_url": "data:x", "detail": "high"}])],
                             [user([{"type": "image_url", "image_url": {"url": "data:x", "detail": "high"}}])]),
 })
@@ -5706,6 +5743,7 @@ def test_equal_names_in_namespaces_stay_apart(fake, pool):
     "a choice of a skipped tool": ("messages", {"tools": [{"name": "f"}, {"type": "web_search_20250305", "name": "web_search"}], "tool_choice": {"type": "tool", "name": "web_search"}},
                                    {"tools": [tool()]}, ["tool_choice"], "web_search_20250305, tool_choice"),
     "a schema of null": ("responses", {"tools": [{"type": "function", "name": "f", "parameters": {"type": None, "properties": None}}]}, {"tools": [tool()]}, [], None),
+    "a schema of another type": ("messages", {"tools": [{"name": "f", "input_schema": {"type": "string"}}]}, {"tools": [tool()]}, [], None),
     "choices that a chat has not": ("completions", {"n": 2, "best_of": 3, "logprobs": 5, "suffix": "x", "echo": True, "seed": 1}, {"seed": 1},
                                     ["n", "best_of", "logprobs", "suffix", "echo"], "n, best_of, logprobs, suffix, echo"),
     "those it has": ("completions", {"n": 1, "logprobs": None}, {"n": 1}, [], None),
@@ -5799,6 +5837,54 @@ ENDINGS = {
     "function_call": ("end_turn", "tool_use", "completed", None),
     "tool_use": ("end_turn", "tool_use", "completed", None),
 }
+
+
+CITED = {"type": "url_citation", "url_citation": {"title": "T", "start_index": 0, "end_index": 2, "url": "https://x"}}
+
+
+def test_annotations_in_each_dialect(streamed, fake, pool):
+    server, odd = pool(fake), [7, {"type": "file_citation"}, {"type": "url_citation", "url_citation": {"url": None}}]
+    says = answered({"annotations": [CITED]}, {"content": "Hi"}, {"annotations": [CITED, *odd]}, calls((0, "c", "f", "{}")), {"annotations": [CITED]}, finish="tool_calls")
+    fake.faults += [says] * 2
+    got = ask(server, "POST", "/v1/responses", {**WANTED, "stream": streamed})
+    message, _ = items_of(got)
+    flat = {"type": "url_citation", **CITED["url_citation"]}
+    assert message["content"] == [{"type": "output_text", "text": "Hi", "annotations": [flat, flat] if streamed else [flat, flat, flat], "logprobs": []}], "one came too late for a stream"
+    if streamed:
+        event, = (event for event in named_events(got.body) if "annotation.added" in event["type"])
+        assert event == {"type": "response.output_text.annotation.added", "item_id": message["id"], "output_index": 0, "content_index": 0, "annotation_index": 1,
+                         "annotation": flat, "sequence_number": event["sequence_number"]}
+    got = ask(server, "POST", "/v1/messages", {**ASKED, "stream": streamed})
+    assert [block["type"] for block in items_of(got)] == ["text", "tool_use"]
+    if streamed:
+        fake.sends(reply(body={"choices": [{"message": {"content": "Hi", "annotations": [CITED]}, "finish_reason": "stop"}]}), keep=True)
+        assert [CITED] in [event["choices"][0]["delta"].get("annotations") for event in sse(chat(server, BOTH, stream=True).body)[:-1]]
+    else:
+        fake.faults.append(says)
+        assert chat(server, BOTH).json["choices"][0]["message"]["annotations"] == [CITED, CITED, CITED]
+
+
+def test_a_refusal_in_each_dialect(streamed, fake, pool):
+    server = pool(fake)
+    fake.faults += [answered({"refusal": "I "}, {"refusal": "can't."})] * 3
+    got = ask(server, "POST", "/v1/messages", {**ASKED, "stream": streamed})
+    assert (named_events(got.body)[-2]["delta"] if streamed else got.json)["stop_reason"] == "refusal"
+    assert [block["type"] for block in items_of(got)] == ["text"] and b"can't." in got.body
+    got = ask(server, "POST", "/v1/responses", {**WANTED, "stream": streamed})
+    message, = items_of(got)
+    assert message == {"id": message["id"], "type": "message", "status": "completed", "role": "assistant", "content": [{"type": "refusal", "refusal": "I can't."}]}
+    if streamed:
+        events = [event for event in named_events(got.body) if "refusal" in event["type"]]
+        place = {"item_id": message["id"], "output_index": 0, "content_index": 0}
+        assert [{name: value for name, value in event.items() if name != "sequence_number"} for event in events] == [
+            *({"type": "response.refusal.delta", **place, "delta": text} for text in ("I ", "can't.")), {"type": "response.refusal.done", **place, "refusal": "I can't."}]
+    if streamed:
+        fake.faults.clear()
+        fake.sends(reply(body={"choices": [{"message": {"refusal": "no"}, "finish_reason": "stop"}]}), keep=True)
+        assert b'"delta":{"refusal":"no"}' in chat(server, BOTH, stream=True).body
+    else:
+        message = chat(server, BOTH).json["choices"][0]["message"]
+        assert message == {"role": "assistant", "content": None, "refusal": "I can't."}
 
 
 @pytest.mark.parametrize("reason, plain, with_call, status, detail", [(reason, *row) for reason, row in ENDINGS.items()])
@@ -5911,6 +5997,7 @@ NO_CALLS = [
     f"<tool_call>{KYIV}}}</tool_call>", f"<tool_call>{KYIV} is how it looks.", '<tool_call>{"name": "weather", "arguments": [1]}</tool_call>',
     '<tool_call>{"name": "weather", "arguments": "Kyiv"}</tool_call>', '<function=weather>Kyiv</function>', "<function=rm>{}</function>", "<function=", KYIV,
     f"```json\n{KYIV}\n```", f"So: ```json\n{CALL_FORMS['Hermes']}\n```", "<|python_tag|>weather.call(city='Kyiv')", "<tool_call>rm\n<arg_key>a</arg_key>\n<arg_value>b</arg_value>\n</tool_call>",
+    '<tool_call>{"name": "weather", "city": "Kyiv"}</tool_call>', '<tool_call>{"name": "weather", "input": {"city": "Kyiv"}}</tool_call>',
     f"<tool_call>[{KYIV}, {{}}]</tool_call>", "if (a[0] < b) { return '<tool>' }", '<tool_call>{"name": "weather", "arguments": {"city": "Ky',
     "a <function=now", "<tool_call>now\n", "<tool_call>[]</tool_call>", f"<tool_call>not {KYIV}</tool_call>", f"<tool_call>{KYIV}\n{{broken</tool_call>",
 ]
