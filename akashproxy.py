@@ -541,7 +541,7 @@ class Category(enum.Enum):
     REQUEST = "request"  # malformed: every upstream would reject it
     SERVER = "server"  # 5xx
     CUT = "cut"  # accepted, but not answered completely
-    NETWORK = "network"  # no connection, no response in time, or a malformed one
+    NETWORK = "network"  # no connection, or not HTTP
     RATE_LIMIT = "limit"
 
 
@@ -820,6 +820,7 @@ class CancelScope:
     sock: Any = None
     deadline = math.inf  # by time.monotonic()
     timeout_message = ""  # message of the error when the deadline passes
+    timeout_category = Category.NETWORK  # of that error; CUT once the upstream is connected
     reason: Optional[Exception] = None
     shutdown_how = socket.SHUT_RDWR
 
@@ -828,8 +829,8 @@ class CancelScope:
         """Cancel all scopes whose deadline has passed, by time.monotonic(). Any thread."""
         for scope in cls.active.copy():
             if scope.deadline < now:
-                message = scope.timeout_message
-                scope.cancel(APIError(504, message, code="timeout", category=Category.NETWORK))
+                message, category = scope.timeout_message, scope.timeout_category
+                scope.cancel(APIError(504, message, code="timeout", category=category))
 
     def attach(self, sock: Any) -> None:
         # A race: cancel() sets the reason and then reads sock. Setting sock and then checking the
@@ -2466,6 +2467,7 @@ class ConnectionPool(urllib.request.BaseHandler):
             sock = self._connect(request)
         try:
             request.scope.attach(sock)
+            request.scope.timeout_category = Category.CUT
             try:
                 if sock.gettimeout() is not None:
                     sock.setblocking(True)

@@ -3516,21 +3516,22 @@ def test_when_all_cool_down_the_soonest_is_told(a, b, pool):
     assert len(a.bodies()) == len(b.bodies()) == 1
 
 
-@table({  # (the kind of upstream, its answer to requests for the broken model, does it keep the connection then)
+@table({  # (the kind of upstream, its answer to requests for the broken model, does it keep the connection then; None: it says nothing more)
     "an error of Akash": ("akash", STREAM_HEAD + chunks(b'3:"Internal Server Error"\n'), True), "a 5xx": ("openai", reply(500, b"{}"), True),
     "a cut": ("openai", b"", False), "a cut within the head": ("openai", b"HTTP/1.1 200 OK\r\nA", False),
     "a cut within the body": ("openai", reply(200, b'{"id": "c"', chunked=False)[:-2], False), "a cut of Akash": ("akash", STREAM_HEAD + chunk(STEP), False),
     "an early end": ("openai", reply(200, b'{"id": "c"'), True), "an early end of Akash": ("akash", STREAM_HEAD + chunks(STEP), True),
     "an answer that is not JSON": ("openai", reply(200, b"{]"), True), "a malformed line": ("akash", STREAM_HEAD + chunks(b"0:x\n"), True),
+    "silence": ("openai", b"", None), "silence after its head": ("openai", FakeOpenAI.head(), None), "silence of Akash": ("akash", STREAM_HEAD + chunk(STEP), None),
 })
 def test_a_broken_model_keeps_no_other_model_from_being_served(kind, failed, keeps, pool):
     fakes = [FakeAkash(), FakeAkash()] if kind == "akash" else [FakeOpenAI(), FakeOpenAI()]
     for fake in fakes:
         fake.answer = lambda sock, request, answer=fake.answer: (
-            sock.sendall(failed) or keeps if b'"broken"' in request.body else answer(sock, request))
-    server = known(pool(*fakes))
+            sock.sendall(failed) or (stalled(sock) if keeps is None else keeps) if b'"broken"' in request.body else answer(sock, request))
+    server = known(pool(*fakes, first_byte_timeout=0.1 if keeps is None else 20))
     for _ in range(9):
-        assert chat(server, BOTH, model="broken").status == 502
+        assert chat(server, BOTH, model="broken").status == (504 if keeps is None else 502)
     assert any(state["rests_for_seconds"] for state in ask(server, path="/status").json["controllers"])
     assert chat(server, BOTH).status == 200
 
