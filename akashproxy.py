@@ -4720,15 +4720,16 @@ _KEY_CODES = (
 )
 _KEY_WORDS = (
     r"^(?:incorrect api key|api[ _]key (?:not valid|not found|expired)|invalid x-api-key"
-    r"|user location is not supported|this organization has been disabled)"
+    r"|user location is not supported|this organization has been disabled|login fail"
+    r"|[\w ]{0,20}free tier is not available)"
 )
 _LIKELY_KEY_WORDS = (
     r"(?:invalid|incorrect|wrong|missing|expired|revoked|bad|no)\b[\w -]{0,20}"
     r"(?:key\b|token\b|credential|authentication)"
     r"|(?:key|token|credential|account|organi[sz]ation|project|workspace|team)s?\b.{0,60}"
     r"(?:invalid|incorrect|not valid|expired|revoked|leaked|disabled|deactivated|suspended"
-    r"|terminated|banned)"
-    r"|missing scopes|access.{0,20}terminated|country, region|\bip address\b|virtual network|封禁"
+    r"|terminated|banned|archived|denied access(?! to))"
+    r"|missing scopes|scope requirement|access.{0,20}terminated|country, region|\bip address\b|virtual network|封禁"
 )
 _FORBIDDEN_KEY_WORDS = (
     r"api[ _-]?key|credential|unauthori[sz]ed|authentication|authorization failed"
@@ -4737,11 +4738,11 @@ _FORBIDDEN_KEY_WORDS = (
 _QUOTA_CODES = (
     r"insufficient_?(?:quota|balance|credit)|exceeded_current_quota"
     r"|billing_(?:error|hard_limit|not_active)|budget_?exceeded|payment_required|creditserror"
-    r"|spend_limit|arrearage|\b1113\b"
+    r"|spend_limit|blocked_api_access|arrearage|not_enough_balance|\b1113\b"
 )
 _QUOTA_WORDS = (
     r"^(?:your credit balance is too low|insufficient (?:balance|credit|funds)"
-    r"|your team has either used all available credits|you have reached your specified"
+    r"|your team (?:[\w-]{1,40} )?has either used all available credits|you have reached your specified"
     r"|budget has been exceeded|余额不足|您的账户已欠费)"
 )
 _LIKELY_QUOTA = (
@@ -4754,7 +4755,7 @@ _MODEL_CODES = (
 )
 _NO_MODEL = (
     r"\bmodels?\b.{0,200}(?:\bnot (?:exist|found)|does ?n[o']t exist|unknown)|模型不存在"
-    r"|^(?:unknown|invalid|no such|unsupported) model\b|invalid model name|is not a valid model"
+    r"|^(?:\w{1,20}: )?(?:unknown|invalid|no such|unsupported) model\b|invalid model name|is not a valid model"
     r"|model identifier is invalid"
 )
 _MODEL_ACCESS = _NO_MODEL + (
@@ -4765,7 +4766,8 @@ _MODEL_ACCESS = _NO_MODEL + (
 )
 _FLAGGED = (
     r"flagged|moderat|content.?(?:policy|filter|management|violation|safety|exists risk)"
-    r"|guardrail|unsafe|harmful|sensitive|prohibited|usage polic|safety|inappropriate"
+    r"|guardrail|unsafe|harmful|sensitive|prohibited.(?:content|due|use)|usage polic|safety"
+    r"|inappropriate|terms of service|(?:blocked|deny-?listed) (?:input|output|token)"
 )
 _OVERSIZED = (
     r"^request too large|input or output tokens must be reduced|tokens allowed per request"
@@ -4796,7 +4798,7 @@ UPSTREAM_ERRORS = [
     ErrorRule((400,), "", _NO_MODEL, Category.MODEL, 404),
     ErrorRule((401,), "", _MODEL_ACCESS, Category.MODEL, 404),
     ErrorRule((402, 403), _MODEL_CODES, _MODEL_ACCESS, Category.REFUSED),
-    ErrorRule((401, 402, 403), _FLAGGED, _FLAGGED, Category.REFUSED, 403),
+    ErrorRule((401, 402, 403, 498), _FLAGGED, _FLAGGED, Category.REFUSED, 403),
     # This server's key, probably.
     ErrorRule((401, 402, 403, 412), _LIKELY_QUOTA, _LIKELY_QUOTA, Category.AUTH, reason=_QUOTA),
     ErrorRule((403,), "unauthenticated", _FORBIDDEN_KEY_WORDS, Category.AUTH, reason=_KEY),
@@ -4839,6 +4841,11 @@ NAMED_STATUS = {
     for name in names.split()
 }
 # fmt: on
+# The same by the words of a message, if there is no such name.
+WORDED_STATUS = (
+    (401, "^(?:login fail|invalid api.?key|unauthori[sz]ed|authentication)"),
+    (429, "^.{0,60}(?:rate.?limit|too many requests|limit (?:reached|exceeded))"),
+)
 # Codes of errors that come without one.
 DEFAULT_CODES = {Category.MODEL: "model_not_found", Category.UNSUPPORTED: "upstream_error"}
 
@@ -4952,7 +4959,7 @@ class ErrorReport:
 
 _MODEL_LIMIT = (
     r"\bmodel ?[:=`'\"\\]|this model|(?:per|by)model"
-    r"|rate limit reached for (?!org|team|user|proj|key|api|your|acc|def|req|tok|in |on )\w"
+    r"|rate limit reached for (?!org|team|user|proj|key|api|your|acc|def|req|tok|[rt]p[mdh]\b|in |on )\w"
 )
 
 
@@ -5021,7 +5028,7 @@ def error_words(value: Any, depth: int = 4) -> str:
 def error_codes(fields: Dict[str, Any]) -> str:
     """All codes, types and reasons of an error object, lower-case, in one string."""
     metadata = as_dict(fields.get("metadata"))
-    names = [fields.get("code"), fields.get("type"), fields.get("status")]
+    names = [fields.get(name) for name in ("code", "type", "status", "reason")]
     names += [as_dict(item).get("reason") for item in as_list(fields.get("details"))[:8]]  # Google
     names += [metadata.get("error_type"), "moderation" if metadata.get("reasons") else ""]
     return " ".join(str(name)[:200] for name in names if isinstance(name, (str, int))).lower()
@@ -5036,7 +5043,8 @@ def error_status(status: int, fields: Dict[str, Any], words: str) -> int:
         if isinstance(value, (int, str)) and re.fullmatch("[45][0-9]{2}", str(value)):
             return int(value)
     names = fields.get("code"), fields.get("type"), fields.get("status")
-    return named_status(*names) or litellm_status(words) or 502
+    of_words = next((status for status, said in WORDED_STATUS if re.search(said, words, re.I)), 502)
+    return named_status(*names) or litellm_status(words) or of_words
 
 
 def named_status(*names: Any) -> Optional[int]:
@@ -5163,7 +5171,7 @@ def retry_after_seconds(
         min((delay for delay in named if delay is not None), default=None),
         _delay_from_headers(headers, now) if limit else None,
         _delay_from_body(body, now),
-        _delay_from_message(message),
+        _delay_from_message(message, now),
     ]
     seconds = next((delay for delay in delays if delay is not None), None)
     return None if seconds is None else min(max(1.0, seconds), MAX_RETRY_AFTER)
@@ -5210,10 +5218,11 @@ def _delay_from_headers(headers: Dict[str, str], now: Callable[[], float]) -> Op
     delays: List[Optional[float]] = []
     for name, value in headers.items():
         if name in ("ratelimit", "x-ratelimit"):  # "default";r=0;t=60, or remaining=0, reset=60
-            remaining = re.search(r"\b(?:r|remaining)=([0-9]{1,9})\b", value[:1000])
-            reset = re.search(r"\b(?:t|reset)=([0-9]{1,9})\b", value[:1000])
-            if reset and (not remaining or remaining[1] == "0"):
-                delays.append(float(reset[1]))
+            for item in re.split(r', *(?=")', value[:1000]):
+                remaining = re.search(r"\b(?:r|remaining)=([0-9]{1,9})\b", item)
+                reset = re.search(r"\b(?:t|reset)=([0-9]{1,9})\b", item)
+                if reset and (not remaining or remaining[1] == "0"):
+                    delays.append(float(reset[1]))
         elif "reset" in name.split("-") and re.search(r"rate-?limit|tokenlimit", name):
             count = headers.get(name.replace("reset", "remaining"), "0").strip()
             if re.fullmatch(r"0(?:\.0{1,9})?|", count):
@@ -5241,7 +5250,8 @@ def _delay_from_body(value: Any, now: Callable[[], float], depth: int = 5) -> Op
 
 # Headers and fields of error bodies, in lower case without "-" and "_".
 _DELAY_FIELD = re.compile(
-    r"(?:\w{0,40}retry(?:after|delay|in)|resets?(?:at|time|in|after))(?:ms|s|secs?|seconds)?"
+    r"(?:\w{0,40}retry(?:after|delay|in)|(?:quota)?resets?(?:at|time(?:stamp)?|in|after|delay)"
+    r"|(?:wait|cooldown)(?:time)?)(?:ms|s|secs?|seconds)?"
 )
 
 
@@ -5253,15 +5263,27 @@ def _delay_of(name: str, value: Any, now: Callable[[], float]) -> Optional[float
 
 
 _DELAY_IN_MESSAGE = re.compile(
-    r"(?:(?:try|retry|again)[a-z ]{0,30} (?:in|after)|wait(?: for| at least)?|resets? (?:in|after))"
-    r" (?:about |around |approximately )?"
+    r"(?:(?:try|retry|again|available)(?:[a-z ]{0,30} |[-_ ])(?:in|after)|wait(?: for| at least)?"
+    r"|resets? (?:in|after)):? (?:about |around |approximately |~)?"
     r"((?:[0-9]{1,9}(?:\.[0-9]{1,20})? ?(?:[a-z]{1,12})?(?:,? and |, | )?){1,4})",
     re.I,
 )
 
 
-def _delay_from_message(message: str) -> Optional[float]:
-    """Seconds in "try again in 7m30.5s" or "Please retry after 2 minutes"."""
+# With its zone, or it could be hours off.
+_DATE_IN_MESSAGE = re.compile(
+    r"(?:resets?|until|after|again)(?: at| on)? (20[0-9]{2}-[0-9]{2}-[0-9]{2})(?:T| (?:at )?)"
+    r"([0-9]{2}:[0-9]{2}(?::[0-9]{2})?(?:\.[0-9]{1,9})?) ?(Z|UTC|[+-][0-9]{2}:[0-9]{2})",
+    re.I,
+)
+
+
+def _delay_from_message(message: str, now: Callable[[], float]) -> Optional[float]:
+    """Seconds in "try again in 7m30.5s" or until the date in "resets at 2026-01-02T03:04Z"."""
+    date = _DATE_IN_MESSAGE.search(message[:4000])
+    if date:
+        zone = date[3].upper().replace("UTC", "Z")
+        return seconds_from_now(f"{date[1]}T{date[2]}{zone}", now)
     match = _DELAY_IN_MESSAGE.search(message[:4000])
     return total_seconds(match[1].lower()) or None if match else None
 

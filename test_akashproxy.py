@@ -4494,6 +4494,14 @@ def wrong(status, words):
     "LiteLLM's unknown key": ((401, err("Authentication Error, Invalid proxy server token passed. Received API Key = sk-...8aSP", type="token_not_found_in_db", param="key", code="401")), key_refused("Key = ***")),
     "LiteLLM's budget": ((400, err("Budget has been exceeded! Current cost: 76.16, Max budget: 10.0", type="budget_exceeded", code="400")), key_refused("spent")),
     "LiteLLM's own wrong key": ((401, err("litellm.AuthenticationError: AuthenticationError: OpenAIException - " + INCORRECT, code="401")), key_refused("(401): Incorrect API key provided: ***", "model")),
+    "OpenAI's archived project": ((403, err("The project you are requesting has been archived and is no longer accessible", code="project_archived")), key_refused("archived")),
+    "Google's denied project": ((403, google(403, "PERMISSION_DENIED", "Your project has been denied access. Please contact support.")), key_refused("denied")),
+    "Google's free tier": ((400, google(400, "FAILED_PRECONDITION", "Gemini API free tier is not available in your country. Please enable billing.")), key_refused("free tier")),
+    "Anthropic's scopes": ((403, anthropic("permission_error", "OAuth token does not meet scope requirement user:inference")), key_refused("scope")),
+    "Groq's blocked access": ((400, err("API access is blocked.", code="blocked_api_access")), key_refused("spent")),
+    "xAI's team by its ID": ((429, {"code": "x", "error": "Your team 12ab-34 has either used all available credits or reached its monthly spending limit."}), key_refused("spent")),
+    "DeepInfra without payment": ((402, {"detail": {"error": "inference prohibited, please enter a payment method or top up"}}), key_refused("spent")),
+    "Novita's balance": ((403, {"code": 403, "reason": "NOT_ENOUGH_BALANCE", "message": "refused"}), key_refused("spent")),
     "a plain 401": ((401, b"Unauthorized"), key_refused("(401): Unauthorized")),
     # -- this request is refused, others are not
     "OpenRouter's tokens": ((402, err(AFFORD, code=402)), refused_with(402, AFFORD)),
@@ -4507,7 +4515,11 @@ def wrong(status, words):
     "LiteLLM's models of a key": ((403, err("key not allowed to access model. This key can only access models=['a']. Tried to access both", type="key_model_access_denied", param="model", code="403")), refused_with(403, "not allowed")),
     "a bare 403": ((403, b""), refused_with(403, "status 403")),
     "401 for a flagged prompt": ((401, err("The prompt was flagged by our safety system.")), refused_with(403, "flagged")),
+    "a deny-listed token": ((498, {"message": "blocked output: this generation was blocked"}), refused_with(403, "blocked")),
+    "the provider's terms": ((403, err("The request breaks the provider's Terms Of Service, and its API key stays valid")), refused_with(403, "Terms")),
     # -- an unknown model
+    "Novita's unknown model": ((400, {"code": 400, "reason": "MODEL_NOT_AVAILABLE", "message": "refused"}), ("model", 404, "model_not_found", None, "refused")),
+    "Cloudflare's unknown model": ((400, {"success": False, "errors": [{"code": 5007, "message": "AiError: No such model @cf/x or task"}]}), ("model", 404, "model_not_found", None, "No such model")),
     "401 for a model": ((401, err("Model both is not supported")), ("model", 404, "model_not_found", None, "up: Model both is not")),
     "401 of LiteLLM for a model": ((401, err("key not allowed to access model.", type="key_model_access_denied", code="401")), ("model", 404, "model_not_found", None, "not allowed")),
     "OpenAI's unknown model": ((404, err("The model `both` does not exist or you do not have access to it.", code="model_not_found")), ("model", 404, "model_not_found", None, "does not exist")),
@@ -4524,6 +4536,7 @@ def wrong(status, words):
     # -- a limit
     "OpenAI's limit": ((429, err("Rate limit reached for gpt-4o in organization org-x. Please try again in 20s.", code="rate_limit_exceeded")), limited(20.0, "up: Rate limit", "model")),
     "OpenAI's limit of an organization": ((429, err("Rate limit reached for organization org-x.", code="rate_limit_exceeded"), {"retry-after-ms": "2500"}), limited(2.5, "up: Rate limit")),
+    "Baidu's limit": ((429, err("Rate limit reached for RPM", code="rpm_rate_limit_exceeded")), ("limit", 429, "rpm_rate_limit_exceeded", None, "RPM")),
     "Groq's limit": ((429, err(LEFT, type="tokens", code="rate_limit_exceeded")), limited(7.66, "TPM", "model")),
     "Groq's capacity": ((498, err("Flex tier capacity exceeded", code="capacity_exceeded")), ("limit", 429, "capacity_exceeded", None, "capacity")),
     "GitHub's limit": ((429, err("Rate limit of 50 per 86400s exceeded for UserByModelByDay. Please wait 3000 seconds before retrying.", code="RateLimitReached")),
@@ -4567,6 +4580,8 @@ def wrong(status, words):
     "200, a limit by its name": ((200, anthropic("rate_limit_error", "slow down")), limited(None, "slow down")),
     "200, overloaded": ((200, anthropic("overloaded_error", "Overloaded")), failed(503, "Overloaded")),
     "200, in LiteLLM's words": ((200, err("litellm.ServiceUnavailableError: VertexException - The service is down", code=None)), failed(503, "up: The service is down")),
+    "200, a limit by its words": ((200, {"base_resp": {"status_code": 1002, "status_msg": "rate limit exceeded(RPM)"}}), limited(None, "up: rate limit")),
+    "200, a key by its words": ((200, {"base_resp": {"status_code": 2049, "status_msg": "invalid api key"}}), key_refused("(401): invalid api key")),
     "200, of no known kind": ((200, err("boom", type="odd")), failed(502, "boom")),
 })
 def test_what_the_errors_of_upstreams_mean(case):
@@ -4639,6 +4654,10 @@ def test_a_refused_request_stops_nobody_else(case, path, pool):
     "resetTime": ({}, {"resetTime": "2001-09-09T01:48:20.500Z"}, "", 100.5),
     "OpenAI's, the one that is used up": ({"x-ratelimit-reset-requests": "6m0s", "x-ratelimit-remaining-requests": "5",
                                            "x-ratelimit-reset-tokens": "1m30.5s", "x-ratelimit-remaining-tokens": "0"}, {}, "", 90.5),
+    "several limits": ({"ratelimit": '"day";r=5;t=9000, "burst";r=0;t=60'}, {}, "", 60), "throttled": ({}, {}, "Request was throttled. Expected available in 20 seconds.", 20),
+    "with a colon": ({}, {}, "Retry-After: 20s", 20), "Google's other": ({}, {"error": {"details": [{"metadata": {"quotaResetDelay": "34.5s"}}]}}, "", 34.5), "wait_seconds": ({}, {"wait_seconds": 9}, "", 9),
+    "a date in words": ({}, {}, "The 5-hour limit is reached, resets at 2001-09-09T03:48:20+02:00 (2056)", 100), "one in UTC": ({}, {}, "You are blocked until 2001-09-09 01:48:20 UTC.", 100),
+    "one of no zone": ({}, {}, "Your limit will reset at 2001-09-09 01:48:20", None),
     "hours": ({"x-ratelimit-reset": "6h"}, {}, "", 21600), "short ones": ({"x-ratelimit-reset-tokens": "120ms"}, {}, "", 1.0), "none": ({}, {}, "", None),
 })
 def test_how_long_an_upstream_asks_to_wait(headers, body, message, seconds):
