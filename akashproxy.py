@@ -4729,7 +4729,8 @@ _LIKELY_KEY_WORDS = (
     r"|(?:key|token|credential|account|organi[sz]ation|project|workspace|team)s?\b.{0,60}"
     r"(?:invalid|incorrect|not valid|expired|revoked|leaked|disabled|deactivated|suspended"
     r"|terminated|banned|archived|denied access(?! to))"
-    r"|missing scopes|scope requirement|access.{0,20}terminated|country, region|\bip address\b|virtual network|封禁"
+    r"|missing scopes|scope requirement|access.{0,20}terminated|country, region|\bip address\b"
+    r"|virtual network|封禁"
 )
 _FORBIDDEN_KEY_WORDS = (
     r"api[ _-]?key|credential|unauthori[sz]ed|authentication|authorization failed"
@@ -4742,8 +4743,8 @@ _QUOTA_CODES = (
 )
 _QUOTA_WORDS = (
     r"^(?:your credit balance is too low|insufficient (?:balance|credit|funds)"
-    r"|your team (?:[\w-]{1,40} )?has either used all available credits|you have reached your specified"
-    r"|budget has been exceeded|余额不足|您的账户已欠费)"
+    r"|your team (?:[\w-]{1,40} )?has either used all available credits"
+    r"|you have reached your specified|budget has been exceeded|余额不足|您的账户已欠费)"
 )
 _LIKELY_QUOTA = (
     r"quota|billing|credit|balance|payment|insufficient funds|spending|arrears|budget"
@@ -4755,8 +4756,8 @@ _MODEL_CODES = (
 )
 _NO_MODEL = (
     r"\bmodels?\b.{0,200}(?:\bnot (?:exist|found)|does ?n[o']t exist|unknown)|模型不存在"
-    r"|^(?:\w{1,20}: )?(?:unknown|invalid|no such|unsupported) model\b|invalid model name|is not a valid model"
-    r"|model identifier is invalid"
+    r"|^(?:\w{1,20}: )?(?:unknown|invalid|no such|unsupported) model\b|invalid model name"
+    r"|is not a valid model|model identifier is invalid"
 )
 _MODEL_ACCESS = _NO_MODEL + (
     r"|\bmodels?\b.{0,200}(?:\bnot |denied|unavailable|unsupported|restricted|only available"
@@ -4959,7 +4960,8 @@ class ErrorReport:
 
 _MODEL_LIMIT = (
     r"\bmodel ?[:=`'\"\\]|this model|(?:per|by)model"
-    r"|rate limit reached for (?!org|team|user|proj|key|api|your|acc|def|req|tok|[rt]p[mdh]\b|in |on )\w"
+    r"|rate limit reached for (?!org|team|user|proj|key|api|your|acc|def|req|tok|[rt]p[mdh]\b"
+    r"|in |on )\w"
 )
 
 
