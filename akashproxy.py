@@ -4842,10 +4842,11 @@ NAMED_STATUS = {
     for name in names.split()
 }
 # fmt: on
-# The same by the words of a message, if there is no such name.
+# The same by the beginning of a message, for errors without such a name.
 WORDED_STATUS = (
     (401, "^(?:login fail|invalid api.?key|unauthori[sz]ed|authentication)"),
     (429, "^.{0,60}(?:rate.?limit|too many requests|limit (?:reached|exceeded))"),
+    (502, ""),
 )
 # Codes of errors that come without one.
 DEFAULT_CODES = {Category.MODEL: "model_not_found", Category.UNSUPPORTED: "upstream_error"}
@@ -5045,8 +5046,8 @@ def error_status(status: int, fields: Dict[str, Any], words: str) -> int:
         if isinstance(value, (int, str)) and re.fullmatch("[45][0-9]{2}", str(value)):
             return int(value)
     names = fields.get("code"), fields.get("type"), fields.get("status")
-    of_words = next((status for status, said in WORDED_STATUS if re.search(said, words, re.I)), 502)
-    return named_status(*names) or litellm_status(words) or of_words
+    named = named_status(*names) or litellm_status(words)
+    return named or next(code for code, start in WORDED_STATUS if re.search(start, words, re.I))
 
 
 def named_status(*names: Any) -> Optional[int]:
@@ -5281,7 +5282,7 @@ _DATE_IN_MESSAGE = re.compile(
 
 
 def _delay_from_message(message: str, now: Callable[[], float]) -> Optional[float]:
-    """Seconds in "try again in 7m30.5s" or until the date in "resets at 2026-01-02T03:04Z"."""
+    """Seconds in "try again in 7m30s", or until the date in "resets at 2026-01-02 03:04Z"."""
     date = _DATE_IN_MESSAGE.search(message[:4000])
     if date:
         zone = date[3].upper().replace("UTC", "Z")
@@ -5340,6 +5341,9 @@ def cookie_values(text: str) -> List[str]:
 
 
 _MASKED_KEY = re.compile(r"[\w-]{0,80}\*{3,}[\w*-]{0,80}|\bsk-[\w-]{0,40}\.{3}[\w-]{1,40}")
+_MASKED_END = re.compile(
+    r"\*{3}(?:\.{2,3}|\u2026|[*xX\u2022]{3,40}|[\[<]\w{1,20}[\]>])[\w+/=-]{1,40}"
+)
 
 
 def redact(text: str, secrets: Iterable[str]) -> str:
@@ -5350,7 +5354,7 @@ def redact(text: str, secrets: Iterable[str]) -> str:
     """
     if "***" in text or "..." in text:
         text = _MASKED_KEY.sub("***", text)
-    return _without_secrets(text, secrets)
+    return _MASKED_END.sub("***", _without_secrets(text, secrets))
 
 
 def redact_bytes(data: bytes, secrets: Iterable[str]) -> bytes:
@@ -10288,7 +10292,7 @@ def apply_key_limits(call: Call, options: ClientKeySettings, headers: Dict[str, 
         else form_fields(call.original.raw_body, call.original.content_type)
     )
     check_names(call.original.body or [field.name for field in form or ()], options.refuse_fields)
-    if options.models and MODEL_IN_PATH.intersection(call.original.path.split("/")):
+    if options.models and MODEL_IN_PATH.intersection(call.original.path.lower().split("/")):
         raise model_not_found("")
     if call.original.body:
         # Send what we parsed: of duplicate "model" keys an upstream could read the other one.

@@ -4872,6 +4872,8 @@ def test_a_name_of_a_model_condemns_no_key(model):
     "encoded twice": (["a b/c&d=e+f"], "a%2520b%252Fc%2526d%253De%252Bf", "***"),
     "in capitals": (["sk-abcdefgh"], "no SK-ABCDEFGH", "no ***"), "a header in small letters": (["Sk-ABCDEFGH"], "İİ sk-abcdefgh", "İİ ***"),
     "the rest after a beginning that its encoded form shares": (["hdrsecret+Val/ue==9911"], "no hdrsecret+Val/ue==9911!", "no ***!"),
+    "its middle is gone": (["gsk_Zq81mWv0QpLr7TtY"], "gsk_Zq81\u2026pLr7TtY, gsk_Zq81mW...TtY or gsk_Zq81mXXXXXTtY", "***, *** or ***"),
+    "redacted by the upstream": (["gsk_Zq81mWv0QpLr7TtY"], "key gsk_Zq81m[REDACTED]7TtY (x)", "key *** (x)"),
     "masked by the upstream": (["x"], "provided: sk-proj-****MxYA. See", "provided: ***. See"), "LiteLLM's mask": (["x"], "Key = sk-...8aSP,", "Key = ***,"),
     "its middle": (["0123456789abcdefghijklmnopqrstuvwxyz"], "x456789abcdefghijklmny", "x***y"),
     "twelve of its middle": (["0123456789abcdefghijklmnopqrstuvwxyz"], "56789abcdefg", "***"),
@@ -9619,6 +9621,7 @@ AROUND = {  # (path, content type, further fields, bodies): all are refused, or 
     "no type": ("/v1/embeddings", "", {}, calls_of(b'"model":"dear"')),
     "a form's type": ("/v1/embeddings", URLENCODED, {}, calls_of(b'"model":"dear"', b'"model":"dear","model":"cheap"')),
     "a path": ("/v1/engines/dear/embeddings", JSON, {}, calls_of(b'"model":"cheap"')),
+    "a path in capitals": ("/v1/Deployments/dear/embeddings", JSON, {}, calls_of(b'"model":"cheap"')),
     "multipart": ("/v1/audio/transcriptions", FORM, {}, [
         multipart(FILE, (MODEL, b"dear")), multipart((MODEL, b"cheap"), FILE, (MODEL, b"dear")), multipart((MODEL, b"dear"), (MODEL, b"cheap")),
         multipart((MODEL, b"cheap"), (MODEL.replace(b"model", b"Model"), b"dear")), multipart((MODEL, b"cheap"), (MODEL.replace(b'"', b""), b"dear")),
