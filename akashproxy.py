@@ -3945,7 +3945,7 @@ class PromptedTools:
         if isinstance(choice, dict):
             allowed = as_dict(choice.get("allowed_tools"))
             chosen = map(function_of, as_list(allowed.get("tools")) or [choice])
-            names = [function.get("name") for function in chosen]
+            names = {as_str(function.get("name")) for function in chosen}
             self.functions = {n: each for n, each in self.functions.items() if n in names}
             choice = allowed.get("mode", "required")
         if choice == "none":

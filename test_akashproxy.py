@@ -10946,6 +10946,8 @@ def call_of(index, arguments="{}"):
     "Chat: calls whose numbers have one hash": (feeding(akashproxy.ChatDecoder), lambda n: [
         chat_line({"tool_calls": [{"index": at * (2**61 - 1)}]}) for at in range(n)]),
     "Chat: choices": (feeding(akashproxy.ChatDecoder), lambda n: [b'data: {"choices":[%b{}]}\n\n' % (b"{}," * n)]),
+    "tools as text: allowed tools": (lambda tools: prompted(tools=tools, tool_choice={"type": "allowed_tools", "allowed_tools": {"tools": tools[::-1]}}),
+                                     lambda n: [{"type": "function", "function": {"name": f"f{at}"}} for at in range(n)]),
     "Messages: messages of the system": (lambda messages: akashproxy.Messages({"model": "m", "max_tokens": 1, "messages": messages}),
                                          lambda n: [system("a" * 90)] * n),
     "Responses: messages of the system": (lambda items: akashproxy.Responses({"model": "m", "input": items}),
