@@ -1737,7 +1737,8 @@ def find_config(file: str, directory: str, problems: List[str]) -> str:
     directories = [directory] if directory else CONFIG_DIRECTORIES
     paths = [os.path.join(folder, name) for folder in directories for name in FILE_NAMES]
     others = [path[: -len("json")] + extension for path in paths for extension in OTHER_FORMATS]
-    found = next(filter(os.path.isfile, [*paths, *others]), "")
+    # Docker makes a directory where the file of a mount is missing: an error, not no file.
+    found = next(filter(os.path.lexists, [*paths, *others]), "")
     if found in others:
         problems.append(f"configuration: {found}: {NOT_JSON}")
     elif directory and not found:

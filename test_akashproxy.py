@@ -2701,6 +2701,14 @@ def test_a_configuration_that_can_not_be_used_is_a_mistake(files, environ, words
     assert not output.out and words in output.err and output.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("make, words", [(os.mkdir, "Is a directory"), (functools.partial(os.symlink, "nowhere"), "No such file")])
+def test_a_place_of_the_file_with_something_else_is_a_mistake(make, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("config")
+    make("config/akashproxy.json")
+    assert akashproxy.main([]) == 2 and f"config/akashproxy.json: {words}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("base_url, sent", [
     (None, True), ("https://api.openai.com/v1", True), ("https://API.openai.com", True), ("https://eu.api.openai.com/v1", True), ("http://h:1", False),
     ("https://api.openai.com.evil.example/v1", False), ("https://evilapi.openai.com.example", False), ("https://openai.com", False),
