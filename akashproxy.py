@@ -931,6 +931,7 @@ class OriginalRequest:
     body: Optional[Dict[str, Any]] = None  # None: not a JSON object
     form_model: Any = None  # the FormField of raw_body that names the model
     raw_body = b""
+    is_changed = False  # body differs from raw_body, or an upstream could read that differently
     content_type = "application/json"  # of raw_body
 
     def __init__(self) -> None:
@@ -1021,8 +1022,7 @@ class Call:
         self.model, self.body = name, {**self.body, "model": name}
         original = self.original
         if original.body:
-            original.body = {**original.body, "model": name}
-            original.raw_body = request_json(original.body, len(original.raw_body))
+            original.body, original.is_changed = {**original.body, "model": name}, True
 
     def begin_attempt(self, retry_reason: str = "") -> None:
         self.attempt = Attempt(retry_reason)
@@ -7420,11 +7420,8 @@ class OpenAIController(Controller):
         is_chat = not call.relay_only and not call.image_count
         body, dropped = adapt_body(body, self.options, is_chat) if body else (body, [])
         # a second "model" in the bytes could differ from the one that was authorized
-        if (
-            is_native
-            and body is original
-            and not (body and call.original.raw_body.count(b'"model"') > 1)
-        ):
+        is_same = is_native and body is original and not call.original.is_changed
+        if is_same and not (body and call.original.raw_body.count(b'"model"') > 1):
             return call.original.raw_body, call.original.content_type
         call.attempt.ignored_params = dropped
         return request_json(body, len(call.original.raw_body)), "application/json"
@@ -10297,7 +10294,7 @@ def apply_key_limits(call: Call, options: ClientKeySettings, headers: Dict[str, 
         raise model_not_found("")
     if call.original.body:
         # Send what we parsed: of duplicate "model" keys an upstream could read the other one.
-        call.original.raw_body = request_json(call.original.body, len(call.original.raw_body))
+        call.original.is_changed = True
     elif form is not None:
         check_form_model(form, options.models)
     elif not options.models:
@@ -12370,8 +12367,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             is_marked = any(mark in data for mark in OWN_MARKS)
             if is_marked:
                 call.original.body = without_own_marks(call.original.body)
-            if is_marked or has_escaped_letters(data):
-                call.original.raw_body = request_json(call.original.body, len(data))
+            call.original.is_changed = is_marked or has_escaped_letters(data)
         return dialect
 
     # -- responses

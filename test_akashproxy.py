@@ -8274,19 +8274,23 @@ LARGE = 4 << 20
     "tools": ("/v1/responses", lambda: b'{"model":"both","input":"hi","stream":true,"tools":[{"type":"function","name":"f","description":"'
               + PROSE * (LARGE // 34) + b'"}]}'),
     "a model's name": ("/v1/chat/completions", lambda: b'{"messages":[{"role":"user","content":"x"}],"model":"' + b"m" * LARGE + b'"}'),
+    "a limited key, quotes in arguments": ("/v1/messages?limited", lambda: prompt_of(b'"hi"},{"role":"assistant","content":[{"type":"tool_use","id":"c","name":"f","input":{"a":"'
+                                           + rb'\"\\' * (LARGE // 4) + b'"}}]},{"role":"user","content":[{"type":"tool_result","tool_use_id":"c","content":"r"}]')),
+    "a limited key, an emoji": ("/v1/messages?limited", lambda: prompt_of(b'"' + rb"\ud83d\ude00" + PROSE * (LARGE // 34) + b'"')),
 })
 def test_a_request_takes_at_most_eight_times_its_size(path, make, tmp_path, fake):
     body = make()
     config = tmp_path / "akashproxy.json"
-    config.write_text(json.dumps({"controllers": [{"base_url": fake.url + "/v1", "api_key": "k"}]}))
+    limited = {"bearer_token": "any-key", "keys": [{"name": "dear", "key": "dear-key", "models": ["both"]}]} if path.endswith("?limited") else {}
+    config.write_text(json.dumps({"controllers": [{"base_url": fake.url + "/v1", "api_key": "k"}], **limited}))
 
     def memory(process, name):
         return int(re.search(rf"{name}:\s+(\d+)", pathlib.Path(f"/proc/{process.pid}/status").read_text())[1]) << 10
 
     with started("--config-file", str(config), "--log-level", "error") as (process, server):
-        assert ask(server, "POST", "/v1/messages", ASKED).status == 200     # what a first request loads
+        assert ask(server, "POST", "/v1/messages", ASKED, bearer("dear")).status == 200     # what a first request loads
         before, slowest = memory(process, "VmRSS"), 0.0
-        asked = later(ask, server, "POST", path, body, {"Content-Type": "application/json"})
+        asked = later(ask, server, "POST", path, body, {"Content-Type": "application/json", **bearer("dear")})
         while not asked.done():
             start_time = time.monotonic()
             assert ask(server).status == 200
