@@ -5989,7 +5989,7 @@ def challenge_page_error(response: UpstreamResponse) -> APIError:
         502,
         f"{reason} (status {response.status})",
         code="upstream_blocked",
-        category=Category.NETWORK,
+        category=Category.CUT,
         upstream_status=response.status,
         reason=reason,
     )
@@ -7241,7 +7241,7 @@ class PassthroughDecoder(Decoder):
                 self.error = truncated(self.upstream_name, "ended its answer before it began")
             elif failure:
                 self.error = error_from_body(self.upstream_name, 200, failure, self.secrets)
-            elif value and (event is None or has_content(event)):
+            elif value not in (b"", b"null") and (event is None or self._has_content(event)):
                 self.started = True
             if self.error or self.started:
                 break
@@ -7249,6 +7249,20 @@ class PassthroughDecoder(Decoder):
             return b""
         data, self.opening = bytes(self.opening), bytearray()
         return data
+
+    def _has_content(self, event: Dict[str, Any]) -> bool:
+        """Whether an event carries content or an end, not just an opening."""
+        choices, is_chat = event.get("choices"), self.end is CHAT_END
+        if isinstance(event.get("type"), str) and not is_chat:
+            return not OPENING_TYPES.fullmatch(event["type"])
+        if not isinstance(choices, list):
+            return not is_chat
+        return any(
+            value
+            for choice in map(as_dict, choices)
+            for name, value in {**choice, **as_dict(choice.get("delta"))}.items()
+            if name not in ("delta", "role", "index")
+        )
 
     def _error_in(self, event: Dict[str, Any]) -> Any:
         """Return the object with the error of an opening event; None without an error."""
@@ -7282,21 +7296,6 @@ DATA_LINE = re.compile(rb"(?:^|[\r\n]|^\xef\xbb\xbf)(?:data|error):([^\r\n]*)(?=
 OPENING_TYPES = re.compile(
     r"ping|keepalive|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)"
 )
-
-
-def has_content(event: Dict[str, Any]) -> bool:
-    """Whether an event carries content or an end, not just an opening."""
-    if isinstance(event.get("type"), str):
-        return not OPENING_TYPES.fullmatch(event["type"])
-    choices = event.get("choices")
-    if not isinstance(choices, list):
-        return True
-    return any(
-        value
-        for choice in map(as_dict, choices)
-        for name, value in {**choice, **as_dict(choice.get("delta"))}.items()
-        if name not in ("delta", "role", "index")
-    )
 
 
 def is_error(body: Any) -> bool:

@@ -3530,6 +3530,7 @@ def test_when_all_cool_down_the_soonest_is_told(a, b, pool):
     "a cut within the body": ("openai", reply(200, b'{"id": "c"', chunked=False)[:-2], False), "a cut of Akash": ("akash", STREAM_HEAD + chunk(STEP), False),
     "an early end": ("openai", reply(200, b'{"id": "c"'), True), "an early end of Akash": ("akash", STREAM_HEAD + chunks(STEP), True),
     "an answer that is not JSON": ("openai", reply(200, b"{]"), True), "a malformed line": ("akash", STREAM_HEAD + chunks(b"0:x\n"), True),
+    "a firewall's page before Akash": ("akash", reply(403, b"<!DOCTYPE html>", "text/html"), True),
     "silence": ("openai", b"", None), "silence after its head": ("openai", FakeOpenAI.head(), None), "silence of Akash": ("akash", STREAM_HEAD + chunk(STEP), None),
 })
 def test_a_broken_model_keeps_no_other_model_from_being_served(kind, failed, keeps, pool):
@@ -8610,6 +8611,7 @@ OPENINGS = {    # what comes before any content
     "comments": ("openai", "/v1/chat/completions", b": processing\n\n: processing\n\n"),
     "comments after a role": ("openai", "/v1/chat/completions", ROLE + b": processing\n\n"),
     "no choice yet": ("openai", "/v1/chat/completions", b'data: {"choices":[],"prompt_filter_results":[]}\n\n'),
+    "pings": ("openai", "/v1/chat/completions", b'event: ping\ndata: {}\n\ndata: null\n\ndata: {"type":"keep-alive"}\n\n'),
     "a role that is translated": ("openai", "/v1/messages", ROLE + b": x\n\n"),
     "a message's start": ("anthropic", "/v1/messages", b'event: message_start\ndata: {"type":"message_start","message":{}}\n\n'
                           b'event: ping\ndata: {"type":"ping"}\n\ndata: {"type":"content_block_start","index":0}\n\n'),
