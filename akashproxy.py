@@ -5276,8 +5276,8 @@ _DELAY_IN_MESSAGE = re.compile(
 
 # With its zone, or it could be hours off.
 _DATE_IN_MESSAGE = re.compile(
-    r"(?:resets?|until|after|again)(?: at| on)? (20[0-9]{2}-[0-9]{2}-[0-9]{2})(?:T| (?:at )?)"
-    r"([0-9]{2}:[0-9]{2}(?::[0-9]{2})?(?:\.[0-9]{1,9})?) ?(Z|UTC|[+-][0-9]{2}:[0-9]{2})",
+    r"(?:resets?|until|after|again)(?: at| on)? (20[0-9]{2}-[0-9]{2}-[0-9]{2}[T ][0-9:.]{5,18})"
+    r" ?(Z|UTC|[+-][0-9]{2}:[0-9]{2})",
     re.I,
 )
 
@@ -5286,8 +5286,7 @@ def _delay_from_message(message: str, now: Callable[[], float]) -> Optional[floa
     """Seconds in "try again in 7m30s", or until the date in "resets at 2026-01-02 03:04Z"."""
     date = _DATE_IN_MESSAGE.search(message[:4000])
     if date:
-        zone = date[3].upper().replace("UTC", "Z")
-        return seconds_from_now(f"{date[1]}T{date[2]}{zone}", now)
+        return seconds_from_now(date[1] + date[2].upper().replace("UTC", "Z"), now)
     match = _DELAY_IN_MESSAGE.search(message[:4000])
     return total_seconds(match[1].lower()) or None if match else None
 
@@ -6307,9 +6306,8 @@ class AkashController(Controller):
     def _prepare(self, call: Call) -> Tuple[Dict[str, Any], StopFilter, List[str]]:
         """Return the request body, the filter of its answer, and what is ignored of it."""
         if call.relay_only:
-            raise APIError(
-                404, f"Akash Chat does not offer {call.original.path[:200]!r}.", code="not_found"
-            )
+            message = f"Akash Chat does not offer {call.original.path[:200]!r}."
+            raise APIError(404, message, code="not_found")
         if call.translation_error:
             raise call.translation_error
         name = self.upstream_model(call.model) or self.IMAGE_MODEL
@@ -6365,11 +6363,8 @@ class AkashController(Controller):
         response.close()
         if response.status in (200, 404):
             raise APIError(404, f"The image {name!r} does not exist.", code="not_found")
-        raise APIError(
-            502,
-            f"Akash Chat could not serve the image (status {response.status}).",
-            upstream_status=response.status,
-        )
+        message = f"Akash Chat could not serve the image (status {response.status})."
+        raise APIError(502, message, upstream_status=response.status)
 
     def _send(
         self, method: str, path: str, scope: CancelScope, cookie: str, **options: Any
@@ -6462,12 +6457,8 @@ class AkashController(Controller):
         message, secrets = message[:4000], self.secrets(cookie)
         is_large = len(request.body or b"") > self.MAX_BODY_BYTES
         if status == 413 or status == 500 and not message and is_large:
-            error = APIError(
-                413,
-                "The request is too large for Akash Chat (limit: 10 MB).",
-                category=Category.REFUSED,
-                retry=False,
-            )
+            message = "The request is too large for Akash Chat (limit: 10 MB)."
+            error = APIError(413, message, category=Category.REFUSED, retry=False)
         elif is_challenge_page(response):
             error = challenge_page_error(response)
         elif fields.get("error") == "Model not available":
@@ -6545,13 +6536,8 @@ def no_session(message: str, status: int, wait: Optional[float] = None) -> APIEr
 
 def no_models() -> APIError:
     """Return the error for an empty list: an outage of the backend, not a wrong model."""
-    return APIError(
-        503,
-        "Akash Chat lists no models at the moment.",
-        retry_after=30,
-        category=Category.NETWORK,
-        upstream_status=200,
-    )
+    message = "Akash Chat lists no models at the moment."
+    return APIError(503, message, retry_after=30, category=Category.NETWORK, upstream_status=200)
 
 
 def akash_models(listing: Any) -> Dict[str, Dict[str, Any]]:
@@ -7747,9 +7733,7 @@ class Upstream:
 
     def recheck(self, model: str, ignored: Tuple[Category, ...], now: float) -> bool:
         """Whether to probe it despite a cool-down; True at most once in RECHECK seconds."""
-        pending = [
-            cooldown for cooldown in self._applicable(model, ignored) if cooldown.until > now
-        ]
+        pending = [each for each in self._applicable(model, ignored) if each.until > now]
         if not pending or any(cooldown.recheck_at > now for cooldown in pending):
             return False
         for cooldown in pending:
@@ -7934,10 +7918,6 @@ class CallQueue:
     def __len__(self) -> int:
         """Return the number of queued calls. Any thread, also without the lock."""
         return sum(map(len, list(self.lines.values())))
-
-    def lines_by_age(self) -> List["OrderedDict[Waiter, None]"]:
-        """The lines, the one with the oldest call first."""
-        return sorted(self.lines.values(), key=lambda line: next(iter(line)).number)
 
 
 def make_upstreams(settings: Settings, previous: Optional["Pool"]) -> List[Upstream]:
@@ -8165,7 +8145,7 @@ class Pool:
         Only ``freed`` is considered if given: the one that has ended an attempt.
         """
         resumed = 0
-        for line in self.queue.lines_by_age():
+        for line in sorted(self.queue.lines.values(), key=lambda line: next(iter(line)).number):
             while line and resumed < limit and (freed is None or freed.has_capacity()):
                 waiter = next(iter(line))
                 upstream = self._pick(waiter, now, freed)
@@ -10251,11 +10231,6 @@ def remove_model_params(query: str) -> str:
     return re.sub("([^&;=]*)[^&;]*[&;]?", remaining, query).rstrip("&;")
 
 
-def has_escaped_letters(data: bytes) -> bool:
-    """Whether JSON may contain escaped letters, as in "mod\\u0065l"."""
-    return b"\\u006" in data or b"\\u004" in data
-
-
 def check_names(names: Iterable[str], refused: Iterable[str] = ()) -> None:
     """Raise APIError 400 for refused fields, and for "model" written in another way."""
     refused = {name.casefold() for name in refused}
@@ -10283,17 +10258,14 @@ def apply_key_limits(call: Call, options: ClientKeySettings, headers: Dict[str, 
         raise APIError(415, "The body must be sent without Content-Encoding.")
     if call.relay_only:
         check_charset(headers.get("content-type", ""))
-    form = (
-        None
-        if call.original.body
-        else form_fields(call.original.raw_body, call.original.content_type)
-    )
-    check_names(call.original.body or [field.name for field in form or ()], options.refuse_fields)
-    if options.models and MODEL_IN_PATH.intersection(call.original.path.lower().split("/")):
+    original = call.original
+    form = None if original.body else form_fields(original.raw_body, original.content_type)
+    check_names(original.body or [field.name for field in form or ()], options.refuse_fields)
+    if options.models and MODEL_IN_PATH.intersection(original.path.lower().split("/")):
         raise model_not_found("")
-    if call.original.body:
+    if original.body:
         # Send what we parsed: of duplicate "model" keys an upstream could read the other one.
-        call.original.is_changed = True
+        original.is_changed = True
     elif form is not None:
         check_form_model(form, options.models)
     elif not options.models:
@@ -12366,7 +12338,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             is_marked = any(mark in data for mark in OWN_MARKS)
             if is_marked:
                 call.original.body = without_own_marks(call.original.body)
-            call.original.is_changed = is_marked or has_escaped_letters(data)
+            # Letters may be escaped, as in "mod\u0065l".
+            call.original.is_changed = is_marked or b"\\u006" in data or b"\\u004" in data
         return dialect
 
     # -- responses
