@@ -4973,10 +4973,8 @@ def page_or_text(data: bytes) -> Any:
     if not re.match(r"<(?:!doctype|html|head|body|\?xml)\b", text, re.I):
         return text
     title = re.search(r"<title[^>]{0,80}>([^<]{1,200})", text, re.I)
-    return {
-        "type": "web_page",
-        "message": "It answered with a web page" + (f": {title[1].strip()}." if title else "."),
-    }
+    shown = f": {title[1].strip()}" if title else ""
+    return {"type": "web_page", "message": f"It answered with a web page{shown}."}
 
 
 def error_fields(body: Any, depth: int = 6) -> Dict[str, Any]:
@@ -6488,10 +6486,8 @@ class AkashController(Controller):
             return APIError(429, message, retry_after=wait)
         if status in (401, 403):
             return auth_error(f"Akash Chat denied access ({reason or status}).", status)
-        error = APIError(
-            502 if status <= 500 else 503,
-            f"Akash Chat failed without giving a reason (status {status}).",
-        )
+        unknown = f"Akash Chat failed without giving a reason (status {status})."
+        error = APIError(502 if status <= 500 else 503, unknown)
         if message:
             error = akash_error(message, model, secrets)
         if error.status == 400 != status:
@@ -8908,11 +8904,8 @@ class Images(Dialect):
         elif stream:
             message = "Images can't be streamed here; request one through chat instead."
             error = bad_request(message, "stream")
-        rest = {
-            name: value
-            for name, value in body.items()
-            if value is not None and name not in ("prompt", "n", "response_format", "stream")
-        }
+        own = ("prompt", "n", "response_format", "stream")
+        rest = {name: body[name] for name in body if body[name] is not None and name not in own}
         return Call(
             {**rest, "messages": [{"role": "user", "content": prompt}]},
             stream=stream,
@@ -8922,12 +8915,8 @@ class Images(Dialect):
         )
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        return {
-            "created": self.created,
-            "data": [
-                {**self.source(image), "revised_prompt": image.prompt} for image in answer.images
-            ],
-        }
+        data = [{**self.source(each), "revised_prompt": each.prompt} for each in answer.images]
+        return {"created": self.created, "data": data}
 
     def source(self, image: Image) -> Dict[str, Any]:
         if image.data is None:
@@ -10270,6 +10259,18 @@ def apply_key_limits(call: Call, options: ClientKeySettings, headers: Dict[str, 
         check_form_model(form, options.models)
     elif not options.models:
         raise APIError(415, "With this key the body must be JSON or a form.")
+
+
+def images_requested(original: OriginalRequest) -> int:
+    """How many images a relayed request asks for, as a lenient upstream reads its "n"."""
+    fields: List[Tuple[str, Any]] = list(as_dict(original.body).items())
+    data = original.raw_body
+    with contextlib.suppress(APIError):  # of a malformed form
+        for field in () if fields else form_fields(data, original.content_type) or ():
+            fields.append((field.name, data[field.start : field.end][:99].decode("latin-1")))
+    values = (str(value)[:99] for name, value in fields if lenient_name(name) == "n")
+    numbers = [re.fullmatch(r"\+?([0-9]{1,90})(?:\.0*)?", value.strip()) for value in values]
+    return max((int(number[1]) for number in numbers if number), default=1) or 1
 
 
 def check_form_model(form: List[FormField], models: Tuple[str, ...]) -> None:
@@ -11936,8 +11937,7 @@ def own_url(request: Request) -> str:
 def acquire_key(request: Request, key: KeyLimiter, call: Call) -> None:
     """Apply the limits of the request's key to a call; APIError 429. Worker thread."""
     is_image = call.original.path.startswith("/v1/images/")
-    n = as_dict(call.original.body).get("n") if is_image else None
-    key.acquire(call.image_count or (n if type(n) is int and n > 0 else 1))
+    key.acquire(call.image_count or (images_requested(call.original) if is_image else 1))
     request.counted = True
     call.key_name = key.name
     call.one_image_at_a_time = key.options.max_concurrency > 0

@@ -9098,6 +9098,19 @@ def test_a_request_for_images_counts_as_many_times_as_it_makes():
     assert caught.value.status == 400
 
 
+@table({
+    "a number": (b'{"model":"both","n":4}', "application/json"), "a decimal": (b'{"model":"both","n":4.0}', "application/json"),
+    "a text": (b'{"model":"both","n":" 4"}', "application/json"), "a capital": (b'{"model":"both","n":1,"N":4}', "application/json"),
+    "a form": (b'--x\r\nContent-Disposition: form-data; name="n"\r\n\r\n4\r\n--x--\r\n', "multipart/form-data; boundary=x"),
+    "one of names and values": (b"model=both&n=1&n=4", "application/x-www-form-urlencoded"),
+})
+def test_a_count_of_images_is_read_as_upstreams_read_it(body, kind, fake, pool):
+    server = pool(fake, keys=keys("alice", requests_per_minute=50))
+    for path, count in (("/v1/images/edits", 4), ("/v1/embeddings", 5)):
+        ask(server, "POST", path, body, {**bearer("alice"), "Content-Type": kind})
+        assert counts(server) == (0, count, 0)
+
+
 def test_relayed_requests_for_images_count_as_well(pool):
     server = pool(FakeOpenAI(), keys=keys("alice", requests_per_minute=5))
     for path, n, refused in (("/v1/images/generations", 2, 0), ("/v1/images/edits", 3, 0), ("/v1/images/generations", 1, 1)):
