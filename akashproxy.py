@@ -4973,8 +4973,8 @@ def page_or_text(data: bytes) -> Any:
     if not re.match(r"<(?:!doctype|html|head|body|\?xml)\b", text, re.I):
         return text
     title = re.search(r"<title[^>]{0,80}>([^<]{1,200})", text, re.I)
-    shown = f": {title[1].strip()}" if title else ""
-    return {"type": "web_page", "message": f"It answered with a web page{shown}."}
+    page = f"a web page: {title[1].strip()}" if title else "a web page"
+    return {"type": "web_page", "message": f"It answered with {page}."}
 
 
 def error_fields(body: Any, depth: int = 6) -> Dict[str, Any]:
@@ -5281,7 +5281,7 @@ _DATE_IN_MESSAGE = re.compile(
 
 
 def _delay_from_message(message: str, now: Callable[[], float]) -> Optional[float]:
-    """Seconds in "try again in 7m30s", or until the date in "resets at 2026-01-02 03:04Z"."""
+    """Seconds in "try again in 7m30s", or until "resets at 2026-01-02 03:04Z"."""
     date = _DATE_IN_MESSAGE.search(message[:4000])
     if date:
         return seconds_from_now(date[1] + date[2].upper().replace("UTC", "Z"), now)
@@ -10262,12 +10262,12 @@ def apply_key_limits(call: Call, options: ClientKeySettings, headers: Dict[str, 
 
 
 def images_requested(original: OriginalRequest) -> int:
-    """How many images a relayed request asks for, as a lenient upstream reads its "n"."""
+    """The number of images in a relayed request, as a lenient upstream reads its "n"."""
     fields: List[Tuple[str, Any]] = list(as_dict(original.body).items())
     data = original.raw_body
     with contextlib.suppress(APIError):  # of a malformed form
-        for field in () if fields else form_fields(data, original.content_type) or ():
-            fields.append((field.name, data[field.start : field.end][:99].decode("latin-1")))
+        form = () if fields else form_fields(data, original.content_type) or ()
+        fields += [(part.name, data[part.start : part.end][:99].decode("latin-1")) for part in form]
     values = (str(value)[:99] for name, value in fields if lenient_name(name) == "n")
     numbers = [re.fullmatch(r"\+?([0-9]{1,90})(?:\.0*)?", value.strip()) for value in values]
     return max((int(number[1]) for number in numbers if number), default=1) or 1
