@@ -541,7 +541,7 @@ class Category(enum.Enum):
     REQUEST = "request"  # malformed: every upstream would reject it
     SERVER = "server"  # 5xx
     CUT = "cut"  # accepted, but not answered completely
-    NETWORK = "network"  # no connection, no response in time, or a malformed one
+    NETWORK = "network"  # no connection, or not HTTP
     RATE_LIMIT = "limit"
 
 
@@ -834,6 +834,7 @@ class CancelScope:
     sock: Any = None
     deadline = math.inf  # by time.monotonic()
     timeout_message = ""  # message of the error when the deadline passes
+    timeout_category = Category.NETWORK  # of that error; CUT once the upstream is connected
     reason: Optional[Exception] = None
     shutdown_how = socket.SHUT_RDWR
 
@@ -842,8 +843,8 @@ class CancelScope:
         """Cancel all scopes whose deadline has passed, by time.monotonic(). Any thread."""
         for scope in cls.active.copy():
             if scope.deadline < now:
-                message = scope.timeout_message
-                scope.cancel(APIError(504, message, code="timeout", category=Category.NETWORK))
+                message, category = scope.timeout_message, scope.timeout_category
+                scope.cancel(APIError(504, message, code="timeout", category=category))
 
     def attach(self, sock: Any) -> None:
         # A race: cancel() sets the reason and then reads sock. Setting sock and then checking the
@@ -944,6 +945,7 @@ class OriginalRequest:
     body: Optional[Dict[str, Any]] = None  # None: not a JSON object
     form_model: Any = None  # the FormField of raw_body that names the model
     raw_body = b""
+    is_changed = False  # body differs from raw_body, or an upstream could read that differently
     content_type = "application/json"  # of raw_body
 
     def __init__(self) -> None:
@@ -1034,8 +1036,7 @@ class Call:
         self.model, self.body = name, {**self.body, "model": name}
         original = self.original
         if original.body:
-            original.body = {**original.body, "model": name}
-            original.raw_body = request_json(original.body, len(original.raw_body))
+            original.body, original.is_changed = {**original.body, "model": name}, True
 
     def begin_attempt(self, retry_reason: str = "") -> None:
         self.attempt = Attempt(retry_reason)
@@ -1738,7 +1739,8 @@ def find_config(file: str, directory: str, problems: List[str]) -> str:
     directories = [directory] if directory else CONFIG_DIRECTORIES
     paths = [os.path.join(folder, name) for folder in directories for name in FILE_NAMES]
     others = [path[: -len("json")] + extension for path in paths for extension in OTHER_FORMATS]
-    found = next(filter(os.path.isfile, [*paths, *others]), "")
+    # Docker makes a directory where the file of a mount is missing: an error, not no file.
+    found = next(filter(os.path.lexists, [*paths, *others]), "")
     if found in others:
         problems.append(f"configuration: {found}: {NOT_JSON}")
     elif directory and not found:
@@ -2470,6 +2472,7 @@ class ConnectionPool(urllib.request.BaseHandler):
             sock = self._connect(request)
         try:
             request.scope.attach(sock)
+            request.scope.timeout_category = Category.CUT
             try:
                 if sock.gettimeout() is not None:
                     sock.setblocking(True)
@@ -3950,7 +3953,7 @@ class PromptedTools:
         if isinstance(choice, dict):
             allowed = as_dict(choice.get("allowed_tools"))
             chosen = map(function_of, as_list(allowed.get("tools")) or [choice])
-            names = [function.get("name") for function in chosen]
+            names = {as_str(function.get("name")) for function in chosen}
             self.functions = {n: each for n, each in self.functions.items() if n in names}
             choice = allowed.get("mode", "required")
         if choice == "none":
@@ -4727,15 +4730,17 @@ _KEY_CODES = (
 )
 _KEY_WORDS = (
     r"^(?:incorrect api key|api[ _]key (?:not valid|not found|expired)|invalid x-api-key"
-    r"|user location is not supported|this organization has been disabled)"
+    r"|user location is not supported|this organization has been disabled|login fail"
+    r"|[\w ]{0,20}free tier is not available)"
 )
 _LIKELY_KEY_WORDS = (
     r"(?:invalid|incorrect|wrong|missing|expired|revoked|bad|no)\b[\w -]{0,20}"
     r"(?:key\b|token\b|credential|authentication)"
     r"|(?:key|token|credential|account|organi[sz]ation|project|workspace|team)s?\b.{0,60}"
     r"(?:invalid|incorrect|not valid|expired|revoked|leaked|disabled|deactivated|suspended"
-    r"|terminated|banned)"
-    r"|missing scopes|access.{0,20}terminated|country, region|\bip address\b|virtual network|封禁"
+    r"|terminated|banned|archived|denied access(?! to))"
+    r"|missing scopes|scope requirement|access.{0,20}terminated|country, region|\bip address\b"
+    r"|virtual network|封禁"
 )
 _FORBIDDEN_KEY_WORDS = (
     r"api[ _-]?key|credential|unauthori[sz]ed|authentication|authorization failed"
@@ -4744,12 +4749,12 @@ _FORBIDDEN_KEY_WORDS = (
 _QUOTA_CODES = (
     r"insufficient_?(?:quota|balance|credit)|exceeded_current_quota"
     r"|billing_(?:error|hard_limit|not_active)|budget_?exceeded|payment_required|creditserror"
-    r"|spend_limit|arrearage|\b1113\b"
+    r"|spend_limit|blocked_api_access|arrearage|not_enough_balance|\b1113\b"
 )
 _QUOTA_WORDS = (
     r"^(?:your credit balance is too low|insufficient (?:balance|credit|funds)"
-    r"|your team has either used all available credits|you have reached your specified"
-    r"|budget has been exceeded|余额不足|您的账户已欠费)"
+    r"|your team (?:[\w-]{1,40} )?has either used all available credits"
+    r"|you have reached your specified|budget has been exceeded|余额不足|您的账户已欠费)"
 )
 _LIKELY_QUOTA = (
     r"quota|billing|credit|balance|payment|insufficient funds|spending|arrears|budget"
@@ -4761,8 +4766,8 @@ _MODEL_CODES = (
 )
 _NO_MODEL = (
     r"\bmodels?\b.{0,200}(?:\bnot (?:exist|found)|does ?n[o']t exist|unknown)|模型不存在"
-    r"|^(?:unknown|invalid|no such|unsupported) model\b|invalid model name|is not a valid model"
-    r"|model identifier is invalid"
+    r"|^(?:\w{1,20}: )?(?:unknown|invalid|no such|unsupported) model\b|invalid model name"
+    r"|is not a valid model|model identifier is invalid"
 )
 _MODEL_ACCESS = _NO_MODEL + (
     r"|\bmodels?\b.{0,200}(?:\bnot |denied|unavailable|unsupported|restricted|only available"
@@ -4772,7 +4777,8 @@ _MODEL_ACCESS = _NO_MODEL + (
 )
 _FLAGGED = (
     r"flagged|moderat|content.?(?:policy|filter|management|violation|safety|exists risk)"
-    r"|guardrail|unsafe|harmful|sensitive|prohibited|usage polic|safety|inappropriate"
+    r"|guardrail|unsafe|harmful|sensitive|prohibited.(?:content|due|use)|usage polic|safety"
+    r"|inappropriate|terms of service|(?:blocked|deny-?listed) (?:input|output|token)"
 )
 _OVERSIZED = (
     r"^request too large|input or output tokens must be reduced|tokens allowed per request"
@@ -4803,7 +4809,7 @@ UPSTREAM_ERRORS = [
     ErrorRule((400,), "", _NO_MODEL, Category.MODEL, 404),
     ErrorRule((401,), "", _MODEL_ACCESS, Category.MODEL, 404),
     ErrorRule((402, 403), _MODEL_CODES, _MODEL_ACCESS, Category.REFUSED),
-    ErrorRule((401, 402, 403), _FLAGGED, _FLAGGED, Category.REFUSED, 403),
+    ErrorRule((401, 402, 403, 498), _FLAGGED, _FLAGGED, Category.REFUSED, 403),
     # This server's key, probably.
     ErrorRule((401, 402, 403, 412), _LIKELY_QUOTA, _LIKELY_QUOTA, Category.AUTH, reason=_QUOTA),
     ErrorRule((403,), "unauthenticated", _FORBIDDEN_KEY_WORDS, Category.AUTH, reason=_KEY),
@@ -4846,6 +4852,12 @@ NAMED_STATUS = {
     for name in names.split()
 }
 # fmt: on
+# The same by the beginning of a message, for errors without such a name.
+WORDED_STATUS = (
+    (401, "^(?:login fail|invalid api.?key|unauthori[sz]ed|authentication)"),
+    (429, "^.{0,60}(?:rate.?limit|too many requests|limit (?:reached|exceeded))"),
+    (502, ""),
+)
 # Codes of errors that come without one.
 DEFAULT_CODES = {Category.MODEL: "model_not_found", Category.UNSUPPORTED: "upstream_error"}
 
@@ -4959,7 +4971,8 @@ class ErrorReport:
 
 _MODEL_LIMIT = (
     r"\bmodel ?[:=`'\"\\]|this model|(?:per|by)model"
-    r"|rate limit reached for (?!org|team|user|proj|key|api|your|acc|def|req|tok|in |on )\w"
+    r"|rate limit reached for (?!org|team|user|proj|key|api|your|acc|def|req|tok|[rt]p[mdh]\b"
+    r"|in |on )\w"
 )
 
 
@@ -4969,10 +4982,8 @@ def page_or_text(data: bytes) -> Any:
     if not re.match(r"<(?:!doctype|html|head|body|\?xml)\b", text, re.I):
         return text
     title = re.search(r"<title[^>]{0,80}>([^<]{1,200})", text, re.I)
-    return {
-        "type": "web_page",
-        "message": "It answered with a web page" + (f": {title[1].strip()}." if title else "."),
-    }
+    page = f"a web page: {title[1].strip()}" if title else "a web page"
+    return {"type": "web_page", "message": f"It answered with {page}."}
 
 
 def error_fields(body: Any, depth: int = 6) -> Dict[str, Any]:
@@ -5030,7 +5041,7 @@ def error_words(value: Any, depth: int = 4) -> str:
 def error_codes(fields: Dict[str, Any]) -> str:
     """All codes, types and reasons of an error object, lower-case, in one string."""
     metadata = as_dict(fields.get("metadata"))
-    names = [fields.get("code"), fields.get("type"), fields.get("status")]
+    names = [fields.get(name) for name in ("code", "type", "status", "reason")]
     names += [as_dict(item).get("reason") for item in as_list(fields.get("details"))[:8]]  # Google
     names += [metadata.get("error_type"), "moderation" if metadata.get("reasons") else ""]
     return " ".join(str(name)[:200] for name in names if isinstance(name, (str, int))).lower()
@@ -5045,7 +5056,8 @@ def error_status(status: int, fields: Dict[str, Any], words: str) -> int:
         if isinstance(value, (int, str)) and re.fullmatch("[45][0-9]{2}", str(value)):
             return int(value)
     names = fields.get("code"), fields.get("type"), fields.get("status")
-    return named_status(*names) or litellm_status(words) or 502
+    named = named_status(*names) or litellm_status(words)
+    return named or next(code for code, start in WORDED_STATUS if re.search(start, words, re.I))
 
 
 def named_status(*names: Any) -> Optional[int]:
@@ -5168,12 +5180,11 @@ def retry_after_seconds(
     None if no wait is given or it can't be parsed.
     """
     named = (_delay_of(name, value, now) for name, value in headers.items())
-    stated = _DELAY_IN_MESSAGE.search(message[:4000])
     delays = [
         min((delay for delay in named if delay is not None), default=None),
         _delay_from_headers(headers, now) if limit else None,
         _delay_from_body(body, now),
-        total_seconds(stated[1].lower()) or None if stated else None,
+        _delay_from_message(message, now),
     ]
     seconds = next((delay for delay in delays if delay is not None), None)
     return None if seconds is None else min(max(1.0, seconds), MAX_RETRY_AFTER)
@@ -5220,10 +5231,11 @@ def _delay_from_headers(headers: Dict[str, str], now: Callable[[], float]) -> Op
     delays: List[Optional[float]] = []
     for name, value in headers.items():
         if name in ("ratelimit", "x-ratelimit"):  # "default";r=0;t=60, or remaining=0, reset=60
-            remaining = re.search(r"\b(?:r|remaining)=([0-9]{1,9})\b", value[:1000])
-            reset = re.search(r"\b(?:t|reset)=([0-9]{1,9})\b", value[:1000])
-            if reset and (not remaining or remaining[1] == "0"):
-                delays.append(float(reset[1]))
+            for item in re.split(r', *(?=")', value[:1000]):
+                remaining = re.search(r"\b(?:r|remaining)=([0-9]{1,9})\b", item)
+                reset = re.search(r"\b(?:t|reset)=([0-9]{1,9})\b", item)
+                if reset and (not remaining or remaining[1] == "0"):
+                    delays.append(float(reset[1]))
         elif "reset" in name.split("-") and re.search(r"rate-?limit|tokenlimit", name):
             count = headers.get(name.replace("reset", "remaining"), "0").strip()
             if re.fullmatch(r"0(?:\.0{1,9})?|", count):
@@ -5251,7 +5263,8 @@ def _delay_from_body(value: Any, now: Callable[[], float], depth: int = 5) -> Op
 
 # Headers and fields of error bodies, in lower case without "-" and "_".
 _DELAY_FIELD = re.compile(
-    r"(?:\w{0,40}retry(?:after|delay|in)|resets?(?:at|time|in|after))(?:ms|s|secs?|seconds)?"
+    r"(?:\w{0,40}retry(?:after|delay|in)|(?:quota)?resets?(?:at|time(?:stamp)?|in|after|delay)"
+    r"|(?:wait|cooldown)(?:time)?)(?:ms|s|secs?|seconds)?"
 )
 
 
@@ -5262,12 +5275,29 @@ def _delay_of(name: str, value: Any, now: Callable[[], float]) -> Optional[float
     return seconds_from_now(value, now, 0.001 if name.endswith("ms") else 1) if is_delay else None
 
 
-_DELAY_IN_MESSAGE = re.compile(  # "try again in 7m30.5s", "Please retry after 2 minutes"
-    r"(?:(?:try|retry|again)[a-z ]{0,30} (?:in|after)|wait(?: for| at least)?|resets? (?:in|after))"
-    r" (?:about |around |approximately )?"
+_DELAY_IN_MESSAGE = re.compile(
+    r"(?:(?:try|retry|again|available)(?:[a-z ]{0,30} |[-_ ])(?:in|after)|wait(?: for| at least)?"
+    r"|resets? (?:in|after)):? (?:about |around |approximately |~)?"
     r"((?:[0-9]{1,9}(?:\.[0-9]{1,20})? ?(?:[a-z]{1,12})?(?:,? and |, | )?){1,4})",
     re.I,
 )
+
+
+# With its zone, or it could be hours off.
+_DATE_IN_MESSAGE = re.compile(
+    r"(?:resets?|until|after|again)(?: at| on)? (20[0-9]{2}-[0-9]{2}-[0-9]{2}[T ][0-9:.]{5,18})"
+    r" ?(Z|UTC|[+-][0-9]{2}:[0-9]{2})",
+    re.I,
+)
+
+
+def _delay_from_message(message: str, now: Callable[[], float]) -> Optional[float]:
+    """Seconds in "try again in 7m30s", or until "resets at 2026-01-02 03:04Z"."""
+    date = _DATE_IN_MESSAGE.search(message[:4000])
+    if date:
+        return seconds_from_now(date[1] + date[2].upper().replace("UTC", "Z"), now)
+    match = _DELAY_IN_MESSAGE.search(message[:4000])
+    return total_seconds(match[1].lower()) or None if match else None
 
 
 def total_seconds(text: str) -> float:
@@ -5320,6 +5350,9 @@ def cookie_values(text: str) -> List[str]:
 
 
 _MASKED_KEY = re.compile(r"[\w-]{0,80}\*{3,}[\w*-]{0,80}|\bsk-[\w-]{0,40}\.{3}[\w-]{1,40}")
+_MASKED_END = re.compile(
+    r"\*{3}(?:\.{2,3}|\u2026|[*xX\u2022]{3,40}|[\[<]\w{1,20}[\]>])[\w+/=-]{1,40}"
+)
 
 
 def redact(text: str, secrets: Iterable[str]) -> str:
@@ -5330,7 +5363,7 @@ def redact(text: str, secrets: Iterable[str]) -> str:
     """
     if "***" in text or "..." in text:
         text = _MASKED_KEY.sub("***", text)
-    return _without_secrets(text, secrets)
+    return _MASKED_END.sub("***", _without_secrets(text, secrets))
 
 
 def redact_bytes(data: bytes, secrets: Iterable[str]) -> bytes:
@@ -5965,7 +5998,7 @@ def challenge_page_error(response: UpstreamResponse) -> APIError:
         502,
         f"{reason} (status {response.status})",
         code="upstream_blocked",
-        category=Category.NETWORK,
+        category=Category.CUT,
         upstream_status=response.status,
         reason=reason,
     )
@@ -6283,9 +6316,8 @@ class AkashController(Controller):
     def _prepare(self, call: Call) -> Tuple[Dict[str, Any], StopFilter, List[str]]:
         """Return the request body, the filter of its answer, and what is ignored of it."""
         if call.relay_only:
-            raise APIError(
-                404, f"Akash Chat does not offer {call.original.path[:200]!r}.", code="not_found"
-            )
+            message = f"Akash Chat does not offer {call.original.path[:200]!r}."
+            raise APIError(404, message, code="not_found")
         if call.translation_error:
             raise call.translation_error
         name = self.upstream_model(call.model) or self.IMAGE_MODEL
@@ -6341,11 +6373,8 @@ class AkashController(Controller):
         response.close()
         if response.status in (200, 404):
             raise APIError(404, f"The image {name!r} does not exist.", code="not_found")
-        raise APIError(
-            502,
-            f"Akash Chat could not serve the image (status {response.status}).",
-            upstream_status=response.status,
-        )
+        message = f"Akash Chat could not serve the image (status {response.status})."
+        raise APIError(502, message, upstream_status=response.status)
 
     def _send(
         self, method: str, path: str, scope: CancelScope, cookie: str, **options: Any
@@ -6438,12 +6467,8 @@ class AkashController(Controller):
         message, secrets = message[:4000], self.secrets(cookie)
         is_large = len(request.body or b"") > self.MAX_BODY_BYTES
         if status == 413 or status == 500 and not message and is_large:
-            error = APIError(
-                413,
-                "The request is too large for Akash Chat (limit: 10 MB).",
-                category=Category.REFUSED,
-                retry=False,
-            )
+            message = "The request is too large for Akash Chat (limit: 10 MB)."
+            error = APIError(413, message, category=Category.REFUSED, retry=False)
         elif is_challenge_page(response):
             error = challenge_page_error(response)
         elif fields.get("error") == "Model not available":
@@ -6473,10 +6498,8 @@ class AkashController(Controller):
             return APIError(429, message, retry_after=wait)
         if status in (401, 403):
             return auth_error(f"Akash Chat denied access ({reason or status}).", status)
-        error = APIError(
-            502 if status <= 500 else 503,
-            f"Akash Chat failed without giving a reason (status {status}).",
-        )
+        unknown = f"Akash Chat failed without giving a reason (status {status})."
+        error = APIError(502 if status <= 500 else 503, unknown)
         if message:
             error = akash_error(message, model, secrets)
         if error.status == 400 != status:
@@ -6521,13 +6544,8 @@ def no_session(message: str, status: int, wait: Optional[float] = None) -> APIEr
 
 def no_models() -> APIError:
     """Return the error for an empty list: an outage of the backend, not a wrong model."""
-    return APIError(
-        503,
-        "Akash Chat lists no models at the moment.",
-        retry_after=30,
-        category=Category.NETWORK,
-        upstream_status=200,
-    )
+    message = "Akash Chat lists no models at the moment."
+    return APIError(503, message, retry_after=30, category=Category.NETWORK, upstream_status=200)
 
 
 def akash_models(listing: Any) -> Dict[str, Dict[str, Any]]:
@@ -7241,7 +7259,7 @@ class PassthroughDecoder(Decoder):
                 self.error = truncated(self.upstream_name, "ended its answer before it began")
             elif failure:
                 self.error = error_from_body(self.upstream_name, 200, failure, self.secrets)
-            elif value and (event is None or has_content(event)):
+            elif value not in (b"", b"null") and (event is None or self._has_content(event)):
                 self.started = True
             if self.error or self.started:
                 break
@@ -7250,6 +7268,19 @@ class PassthroughDecoder(Decoder):
             return b""
         opening, self.opening = self.opening, bytearray()
         return bytes(opening) + data if opening else data
+
+    def _has_content(self, event: Dict[str, Any]) -> bool:
+        """Whether an event carries content or an end, not just an opening."""
+        choices, is_chat = event.get("choices"), self.end is CHAT_END
+        if isinstance(event.get("type"), str) and not is_chat:
+            return not OPENING_TYPES.fullmatch(event["type"])
+        if not isinstance(choices, list):
+            return not is_chat
+        for choice in map(as_dict, choices):
+            delta = as_dict(choice.get("delta"))
+            if any({**choice, **delta, "delta": None, "role": None, "index": 0}.values()):
+                return True
+        return False
 
     def _error_in(self, event: Dict[str, Any]) -> Any:
         """Return the object with the error of an opening event; None without an error."""
@@ -7284,20 +7315,6 @@ TOKEN = re.compile(rb'"delta":\s?\{"(?:content|reasoning_content|reasoning)":\s?
 OPENING_TYPES = re.compile(
     r"ping|keepalive|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)"
 )
-
-
-def has_content(event: Dict[str, Any]) -> bool:
-    """Whether an event carries content or an end, not just an opening."""
-    if isinstance(event.get("type"), str):
-        return not OPENING_TYPES.fullmatch(event["type"])
-    choices = event.get("choices")
-    if not isinstance(choices, list):
-        return True
-    for choice in map(as_dict, choices):
-        fields = {**choice, **as_dict(choice.get("delta")), "delta": None, "role": None, "index": 0}
-        if any(fields.values()):
-            return True
-    return False
 
 
 def is_error(body: Any) -> bool:
@@ -7408,8 +7425,8 @@ class OpenAIController(Controller):
         is_chat = not call.relay_only and not call.image_count
         body, dropped = adapt_body(body, self.options, is_chat) if body else (body, [])
         # a second "model" in the bytes could differ from the one that was authorized
-        is_ambiguous = body and call.original.raw_body.count(b'"model"') > 1
-        if is_native and body is original and not is_ambiguous:
+        is_same = is_native and body is original and not call.original.is_changed
+        if is_same and not (body and call.original.raw_body.count(b'"model"') > 1):
             return call.original.raw_body, call.original.content_type
         call.attempt.ignored_params = dropped
         return request_json(body, len(call.original.raw_body)), "application/json"
@@ -7730,9 +7747,7 @@ class Upstream:
 
     def recheck(self, model: str, ignored: Tuple[Category, ...], now: float) -> bool:
         """Whether to probe it despite a cool-down; True at most once in RECHECK seconds."""
-        pending = [
-            cooldown for cooldown in self._applicable(model, ignored) if cooldown.until > now
-        ]
+        pending = [each for each in self._applicable(model, ignored) if each.until > now]
         if not pending or any(cooldown.recheck_at > now for cooldown in pending):
             return False
         for cooldown in pending:
@@ -7917,10 +7932,6 @@ class CallQueue:
     def __len__(self) -> int:
         """Return the number of queued calls. Any thread, also without the lock."""
         return sum(map(len, list(self.lines.values())))
-
-    def lines_by_age(self) -> List["OrderedDict[Waiter, None]"]:
-        """The lines, the one with the oldest call first."""
-        return sorted(self.lines.values(), key=lambda line: next(iter(line)).number)
 
 
 def make_upstreams(settings: Settings, previous: Optional["Pool"]) -> List[Upstream]:
@@ -8148,7 +8159,7 @@ class Pool:
         Only ``freed`` is considered if given: the one that has ended an attempt.
         """
         resumed = 0
-        for line in self.queue.lines_by_age():
+        for line in sorted(self.queue.lines.values(), key=lambda line: next(iter(line)).number):
             while line and resumed < limit and (freed is None or freed.has_capacity()):
                 waiter = next(iter(line))
                 upstream = self._pick(waiter, now, freed)
@@ -8919,11 +8930,8 @@ class Images(Dialect):
         elif stream:
             message = "Images can't be streamed here; request one through chat instead."
             error = bad_request(message, "stream")
-        rest = {
-            name: value
-            for name, value in body.items()
-            if value is not None and name not in ("prompt", "n", "response_format", "stream")
-        }
+        own = ("prompt", "n", "response_format", "stream")
+        rest = {name: body[name] for name in body if body[name] is not None and name not in own}
         return Call(
             {**rest, "messages": [{"role": "user", "content": prompt}]},
             stream=stream,
@@ -8933,7 +8941,7 @@ class Images(Dialect):
         )
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        data = [{**self.source(image), "revised_prompt": image.prompt} for image in answer.images]
+        data = [{**self.source(each), "revised_prompt": each.prompt} for each in answer.images]
         return {"created": self.created, "data": data}
 
     def source(self, image: Image) -> Dict[str, Any]:
@@ -10273,21 +10281,30 @@ def apply_key_limits(call: Call, options: ClientKeySettings, headers: Dict[str, 
         raise APIError(415, "The body must be sent without Content-Encoding.")
     if call.relay_only:
         check_charset(headers.get("content-type", ""))
-    form = (
-        None
-        if call.original.body
-        else form_fields(call.original.raw_body, call.original.content_type)
-    )
-    check_names(call.original.body or [field.name for field in form or ()], options.refuse_fields)
-    if options.models and MODEL_IN_PATH.intersection(call.original.path.split("/")):
+    original = call.original
+    form = None if original.body else form_fields(original.raw_body, original.content_type)
+    check_names(original.body or [field.name for field in form or ()], options.refuse_fields)
+    if options.models and MODEL_IN_PATH.intersection(original.path.lower().split("/")):
         raise model_not_found("")
-    if call.original.body:
+    if original.body:
         # Send what we parsed: of duplicate "model" keys an upstream could read the other one.
-        call.original.raw_body = request_json(call.original.body, len(call.original.raw_body))
+        original.is_changed = True
     elif form is not None:
         check_form_model(form, options.models)
     elif not options.models:
         raise APIError(415, "With this key the body must be JSON or a form.")
+
+
+def images_requested(original: OriginalRequest) -> int:
+    """The number of images in a relayed request, as a lenient upstream reads its "n"."""
+    fields: List[Tuple[str, Any]] = list(as_dict(original.body).items())
+    data = original.raw_body
+    with contextlib.suppress(APIError):  # of a malformed form
+        form = () if fields else form_fields(data, original.content_type) or ()
+        fields += [(part.name, data[part.start : part.end][:99].decode("latin-1")) for part in form]
+    values = (str(value)[:99] for name, value in fields if lenient_name(name) == "n")
+    numbers = [re.fullmatch(r"\+?([0-9]{1,90})(?:\.0*)?", value.strip()) for value in values]
+    return max((int(number[1]) for number in numbers if number), default=1) or 1
 
 
 def check_form_model(form: List[FormField], models: Tuple[str, ...]) -> None:
@@ -11958,8 +11975,7 @@ def own_url(request: Request) -> str:
 def acquire_key(request: Request, key: KeyLimiter, call: Call) -> None:
     """Apply the limits of the request's key to a call; APIError 429. Worker thread."""
     is_image = call.original.path.startswith("/v1/images/")
-    n = as_dict(call.original.body).get("n") if is_image else None
-    key.acquire(call.image_count or (n if type(n) is int and n > 0 else 1))
+    key.acquire(call.image_count or (images_requested(call.original) if is_image else 1))
     request.counted = True
     call.key_name = key.name
     call.one_image_at_a_time = key.options.max_concurrency > 0
@@ -12359,9 +12375,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             is_marked = max(map(data.find, OWN_MARKS)) >= 0
             if is_marked:
                 call.original.body = without_own_marks(call.original.body)
+            # Letters may be escaped, as in "mod\u0065l".
             has_escaped_letters = max(data.find(b"\\u006"), data.find(b"\\u004")) >= 0
-            if is_marked or has_escaped_letters:
-                call.original.raw_body = request_json(call.original.body, len(data))
+            call.original.is_changed = is_marked or has_escaped_letters
         return dialect
 
     # -- responses

@@ -2704,6 +2704,14 @@ def test_a_configuration_that_can_not_be_used_is_a_mistake(files, environ, words
     assert not output.out and words in output.err and output.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("make, words", [(os.mkdir, "Is a directory"), (functools.partial(os.symlink, "nowhere"), "No such file")])
+def test_a_place_of_the_file_with_something_else_is_a_mistake(make, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("config")
+    make("config/akashproxy.json")
+    assert akashproxy.main([]) == 2 and f"config/akashproxy.json: {words}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("base_url, sent", [
     (None, True), ("https://api.openai.com/v1", True), ("https://API.openai.com", True), ("https://eu.api.openai.com/v1", True), ("http://h:1", False),
     ("https://api.openai.com.evil.example/v1", False), ("https://evilapi.openai.com.example", False), ("https://openai.com", False),
@@ -3546,21 +3554,23 @@ def test_when_all_cool_down_the_soonest_is_told(a, b, pool):
     assert len(a.bodies()) == len(b.bodies()) == 1
 
 
-@table({  # (the kind of upstream, its answer to requests for the broken model, does it keep the connection then)
+@table({  # (the kind of upstream, its answer to requests for the broken model, does it keep the connection then; None: it says nothing more)
     "an error of Akash": ("akash", STREAM_HEAD + chunks(b'3:"Internal Server Error"\n'), True), "a 5xx": ("openai", reply(500, b"{}"), True),
     "a cut": ("openai", b"", False), "a cut within the head": ("openai", b"HTTP/1.1 200 OK\r\nA", False),
     "a cut within the body": ("openai", reply(200, b'{"id": "c"', chunked=False)[:-2], False), "a cut of Akash": ("akash", STREAM_HEAD + chunk(STEP), False),
     "an early end": ("openai", reply(200, b'{"id": "c"'), True), "an early end of Akash": ("akash", STREAM_HEAD + chunks(STEP), True),
     "an answer that is not JSON": ("openai", reply(200, b"{]"), True), "a malformed line": ("akash", STREAM_HEAD + chunks(b"0:x\n"), True),
+    "a firewall's page before Akash": ("akash", reply(403, b"<!DOCTYPE html>", "text/html"), True),
+    "silence": ("openai", b"", None), "silence after its head": ("openai", FakeOpenAI.head(), None), "silence of Akash": ("akash", STREAM_HEAD + chunk(STEP), None),
 })
 def test_a_broken_model_keeps_no_other_model_from_being_served(kind, failed, keeps, pool):
     fakes = [FakeAkash(), FakeAkash()] if kind == "akash" else [FakeOpenAI(), FakeOpenAI()]
     for fake in fakes:
         fake.answer = lambda sock, request, answer=fake.answer: (
-            sock.sendall(failed) or keeps if b'"broken"' in request.body else answer(sock, request))
-    server = known(pool(*fakes))
+            sock.sendall(failed) or (stalled(sock) if keeps is None else keeps) if b'"broken"' in request.body else answer(sock, request))
+    server = known(pool(*fakes, first_byte_timeout=0.1 if keeps is None else 20))
     for _ in range(9):
-        assert chat(server, BOTH, model="broken").status == 502
+        assert chat(server, BOTH, model="broken").status == (504 if keeps is None else 502)
     assert any(state["rests_for_seconds"] for state in ask(server, path="/status").json["controllers"])
     assert chat(server, BOTH).status == 200
 
@@ -4523,6 +4533,14 @@ def wrong(status, words):
     "LiteLLM's unknown key": ((401, err("Authentication Error, Invalid proxy server token passed. Received API Key = sk-...8aSP", type="token_not_found_in_db", param="key", code="401")), key_refused("Key = ***")),
     "LiteLLM's budget": ((400, err("Budget has been exceeded! Current cost: 76.16, Max budget: 10.0", type="budget_exceeded", code="400")), key_refused("spent")),
     "LiteLLM's own wrong key": ((401, err("litellm.AuthenticationError: AuthenticationError: OpenAIException - " + INCORRECT, code="401")), key_refused("(401): Incorrect API key provided: ***", "model")),
+    "OpenAI's archived project": ((403, err("The project you are requesting has been archived and is no longer accessible", code="project_archived")), key_refused("archived")),
+    "Google's denied project": ((403, google(403, "PERMISSION_DENIED", "Your project has been denied access. Please contact support.")), key_refused("denied")),
+    "Google's free tier": ((400, google(400, "FAILED_PRECONDITION", "Gemini API free tier is not available in your country. Please enable billing.")), key_refused("free tier")),
+    "Anthropic's scopes": ((403, anthropic("permission_error", "OAuth token does not meet scope requirement user:inference")), key_refused("scope")),
+    "Groq's blocked access": ((400, err("API access is blocked.", code="blocked_api_access")), key_refused("spent")),
+    "xAI's team by its ID": ((429, {"code": "x", "error": "Your team 12ab-34 has either used all available credits or reached its monthly spending limit."}), key_refused("spent")),
+    "DeepInfra without payment": ((402, {"detail": {"error": "inference prohibited, please enter a payment method or top up"}}), key_refused("spent")),
+    "Novita's balance": ((403, {"code": 403, "reason": "NOT_ENOUGH_BALANCE", "message": "refused"}), key_refused("spent")),
     "a plain 401": ((401, b"Unauthorized"), key_refused("(401): Unauthorized")),
     # -- this request is refused, others are not
     "OpenRouter's tokens": ((402, err(AFFORD, code=402)), refused_with(402, AFFORD)),
@@ -4536,7 +4554,11 @@ def wrong(status, words):
     "LiteLLM's models of a key": ((403, err("key not allowed to access model. This key can only access models=['a']. Tried to access both", type="key_model_access_denied", param="model", code="403")), refused_with(403, "not allowed")),
     "a bare 403": ((403, b""), refused_with(403, "status 403")),
     "401 for a flagged prompt": ((401, err("The prompt was flagged by our safety system.")), refused_with(403, "flagged")),
+    "a deny-listed token": ((498, {"message": "blocked output: this generation was blocked"}), refused_with(403, "blocked")),
+    "the provider's terms": ((403, err("The request breaks the provider's Terms Of Service, and its API key stays valid")), refused_with(403, "Terms")),
     # -- an unknown model
+    "Novita's unknown model": ((400, {"code": 400, "reason": "MODEL_NOT_AVAILABLE", "message": "refused"}), ("model", 404, "model_not_found", None, "refused")),
+    "Cloudflare's unknown model": ((400, {"success": False, "errors": [{"code": 5007, "message": "AiError: No such model @cf/x or task"}]}), ("model", 404, "model_not_found", None, "No such model")),
     "401 for a model": ((401, err("Model both is not supported")), ("model", 404, "model_not_found", None, "up: Model both is not")),
     "401 of LiteLLM for a model": ((401, err("key not allowed to access model.", type="key_model_access_denied", code="401")), ("model", 404, "model_not_found", None, "not allowed")),
     "OpenAI's unknown model": ((404, err("The model `both` does not exist or you do not have access to it.", code="model_not_found")), ("model", 404, "model_not_found", None, "does not exist")),
@@ -4553,6 +4575,7 @@ def wrong(status, words):
     # -- a limit
     "OpenAI's limit": ((429, err("Rate limit reached for gpt-4o in organization org-x. Please try again in 20s.", code="rate_limit_exceeded")), limited(20.0, "up: Rate limit", "model")),
     "OpenAI's limit of an organization": ((429, err("Rate limit reached for organization org-x.", code="rate_limit_exceeded"), {"retry-after-ms": "2500"}), limited(2.5, "up: Rate limit")),
+    "Baidu's limit": ((429, err("Rate limit reached for RPM", code="rpm_rate_limit_exceeded")), ("limit", 429, "rpm_rate_limit_exceeded", None, "RPM")),
     "Groq's limit": ((429, err(LEFT, type="tokens", code="rate_limit_exceeded")), limited(7.66, "TPM", "model")),
     "Groq's capacity": ((498, err("Flex tier capacity exceeded", code="capacity_exceeded")), ("limit", 429, "capacity_exceeded", None, "capacity")),
     "GitHub's limit": ((429, err("Rate limit of 50 per 86400s exceeded for UserByModelByDay. Please wait 3000 seconds before retrying.", code="RateLimitReached")),
@@ -4596,6 +4619,8 @@ def wrong(status, words):
     "200, a limit by its name": ((200, anthropic("rate_limit_error", "slow down")), limited(None, "slow down")),
     "200, overloaded": ((200, anthropic("overloaded_error", "Overloaded")), failed(503, "Overloaded")),
     "200, in LiteLLM's words": ((200, err("litellm.ServiceUnavailableError: VertexException - The service is down", code=None)), failed(503, "up: The service is down")),
+    "200, a limit by its words": ((200, {"base_resp": {"status_code": 1002, "status_msg": "rate limit exceeded(RPM)"}}), limited(None, "up: rate limit")),
+    "200, a key by its words": ((200, {"base_resp": {"status_code": 2049, "status_msg": "invalid api key"}}), key_refused("(401): invalid api key")),
     "200, of no known kind": ((200, err("boom", type="odd")), failed(502, "boom")),
 })
 def test_what_the_errors_of_upstreams_mean(case):
@@ -4668,6 +4693,10 @@ def test_a_refused_request_stops_nobody_else(case, path, pool):
     "resetTime": ({}, {"resetTime": "2001-09-09T01:48:20.500Z"}, "", 100.5),
     "OpenAI's, the one that is used up": ({"x-ratelimit-reset-requests": "6m0s", "x-ratelimit-remaining-requests": "5",
                                            "x-ratelimit-reset-tokens": "1m30.5s", "x-ratelimit-remaining-tokens": "0"}, {}, "", 90.5),
+    "several limits": ({"ratelimit": '"day";r=5;t=9000, "burst";r=0;t=60'}, {}, "", 60), "throttled": ({}, {}, "Request was throttled. Expected available in 20 seconds.", 20),
+    "with a colon": ({}, {}, "Retry-After: 20s", 20), "Google's other": ({}, {"error": {"details": [{"metadata": {"quotaResetDelay": "34.5s"}}]}}, "", 34.5), "wait_seconds": ({}, {"wait_seconds": 9}, "", 9),
+    "a date in words": ({}, {}, "The 5-hour limit is reached, resets at 2001-09-09T03:48:20+02:00 (2056)", 100), "one in UTC": ({}, {}, "You are blocked until 2001-09-09 01:48:20 UTC.", 100),
+    "one of no zone": ({}, {}, "Your limit will reset at 2001-09-09 01:48:20", None),
     "hours": ({"x-ratelimit-reset": "6h"}, {}, "", 21600), "short ones": ({"x-ratelimit-reset-tokens": "120ms"}, {}, "", 1.0), "none": ({}, {}, "", None),
 })
 def test_how_long_an_upstream_asks_to_wait(headers, body, message, seconds):
@@ -4882,6 +4911,8 @@ def test_a_name_of_a_model_condemns_no_key(model):
     "encoded twice": (["a b/c&d=e+f"], "a%2520b%252Fc%2526d%253De%252Bf", "***"),
     "in capitals": (["sk-abcdefgh"], "no SK-ABCDEFGH", "no ***"), "a header in small letters": (["Sk-ABCDEFGH"], "İİ sk-abcdefgh", "İİ ***"),
     "the rest after a beginning that its encoded form shares": (["hdrsecret+Val/ue==9911"], "no hdrsecret+Val/ue==9911!", "no ***!"),
+    "its middle is gone": (["gsk_Zq81mWv0QpLr7TtY"], "gsk_Zq81\u2026pLr7TtY, gsk_Zq81mW...TtY or gsk_Zq81mXXXXXTtY", "***, *** or ***"),
+    "redacted by the upstream": (["gsk_Zq81mWv0QpLr7TtY"], "key gsk_Zq81m[REDACTED]7TtY (x)", "key *** (x)"),
     "masked by the upstream": (["x"], "provided: sk-proj-****MxYA. See", "provided: ***. See"), "LiteLLM's mask": (["x"], "Key = sk-...8aSP,", "Key = ***,"),
     "its middle": (["0123456789abcdefghijklmnopqrstuvwxyz"], "x456789abcdefghijklmny", "x***y"),
     "twelve of its middle": (["0123456789abcdefghijklmnopqrstuvwxyz"], "56789abcdefg", "***"),
@@ -8331,19 +8362,23 @@ LARGE = 4 << 20
     "tools": ("/v1/responses", lambda: b'{"model":"both","input":"hi","stream":true,"tools":[{"type":"function","name":"f","description":"'
               + PROSE * (LARGE // 34) + b'"}]}'),
     "a model's name": ("/v1/chat/completions", lambda: b'{"messages":[{"role":"user","content":"x"}],"model":"' + b"m" * LARGE + b'"}'),
+    "a limited key, quotes in arguments": ("/v1/messages?limited", lambda: prompt_of(b'"hi"},{"role":"assistant","content":[{"type":"tool_use","id":"c","name":"f","input":{"a":"'
+                                           + rb'\"\\' * (LARGE // 4) + b'"}}]},{"role":"user","content":[{"type":"tool_result","tool_use_id":"c","content":"r"}]')),
+    "a limited key, an emoji": ("/v1/messages?limited", lambda: prompt_of(b'"' + rb"\ud83d\ude00" + PROSE * (LARGE // 34) + b'"')),
 })
 def test_a_request_takes_at_most_eight_times_its_size(path, make, tmp_path, fake):
     body = make()
     config = tmp_path / "akashproxy.json"
-    config.write_text(json.dumps({"controllers": [{"base_url": fake.url + "/v1", "api_key": "k"}]}))
+    limited = {"bearer_token": "any-key", "keys": [{"name": "dear", "key": "dear-key", "models": ["both"]}]} if path.endswith("?limited") else {}
+    config.write_text(json.dumps({"controllers": [{"base_url": fake.url + "/v1", "api_key": "k"}], **limited}))
 
     def memory(process, name):
         return int(re.search(rf"{name}:\s+(\d+)", pathlib.Path(f"/proc/{process.pid}/status").read_text())[1]) << 10
 
     with started("--config-file", str(config), "--log-level", "error") as (process, server):
-        assert ask(server, "POST", "/v1/messages", ASKED).status == 200     # what a first request loads
+        assert ask(server, "POST", "/v1/messages", ASKED, bearer("dear")).status == 200     # what a first request loads
         before, slowest = memory(process, "VmRSS"), 0.0
-        asked = later(ask, server, "POST", path, body, {"Content-Type": "application/json"})
+        asked = later(ask, server, "POST", path, body, {"Content-Type": "application/json", **bearer("dear")})
         while not asked.done():
             start_time = time.monotonic()
             assert ask(server).status == 200
@@ -8663,6 +8698,7 @@ OPENINGS = {    # what comes before any content
     "comments": ("openai", "/v1/chat/completions", b": processing\n\n: processing\n\n"),
     "comments after a role": ("openai", "/v1/chat/completions", ROLE + b": processing\n\n"),
     "no choice yet": ("openai", "/v1/chat/completions", b'data: {"choices":[],"prompt_filter_results":[]}\n\n'),
+    "pings": ("openai", "/v1/chat/completions", b'event: ping\ndata: {}\n\ndata: null\n\ndata: {"type":"keep-alive"}\n\n'),
     "a role that is translated": ("openai", "/v1/messages", ROLE + b": x\n\n"),
     "a message's start": ("anthropic", "/v1/messages", b'event: message_start\ndata: {"type":"message_start","message":{}}\n\n'
                           b'event: ping\ndata: {"type":"ping"}\n\ndata: {"type":"content_block_start","index":0}\n\n'),
@@ -9147,6 +9183,19 @@ def test_a_request_for_images_counts_as_many_times_as_it_makes():
     with pytest.raises(APIError, match="at most 12") as caught:     # more than it could ever have
         limits.acquire(13)
     assert caught.value.status == 400
+
+
+@table({
+    "a number": (b'{"model":"both","n":4}', "application/json"), "a decimal": (b'{"model":"both","n":4.0}', "application/json"),
+    "a text": (b'{"model":"both","n":" 4"}', "application/json"), "a capital": (b'{"model":"both","n":1,"N":4}', "application/json"),
+    "a form": (b'--x\r\nContent-Disposition: form-data; name="n"\r\n\r\n4\r\n--x--\r\n', "multipart/form-data; boundary=x"),
+    "one of names and values": (b"model=both&n=1&n=4", "application/x-www-form-urlencoded"),
+})
+def test_a_count_of_images_is_read_as_upstreams_read_it(body, kind, fake, pool):
+    server = pool(fake, keys=keys("alice", requests_per_minute=50))
+    for path, count in (("/v1/images/edits", 4), ("/v1/embeddings", 5)):
+        ask(server, "POST", path, body, {**bearer("alice"), "Content-Type": kind})
+        assert counts(server) == (0, count, 0)
 
 
 def test_relayed_requests_for_images_count_as_well(pool):
@@ -9686,6 +9735,7 @@ AROUND = {  # (path, content type, further fields, bodies): all are refused, or 
     "no type": ("/v1/embeddings", "", {}, calls_of(b'"model":"dear"')),
     "a form's type": ("/v1/embeddings", URLENCODED, {}, calls_of(b'"model":"dear"', b'"model":"dear","model":"cheap"')),
     "a path": ("/v1/engines/dear/embeddings", JSON, {}, calls_of(b'"model":"cheap"')),
+    "a path in capitals": ("/v1/Deployments/dear/embeddings", JSON, {}, calls_of(b'"model":"cheap"')),
     "multipart": ("/v1/audio/transcriptions", FORM, {}, [
         multipart(FILE, (MODEL, b"dear")), multipart((MODEL, b"cheap"), FILE, (MODEL, b"dear")), multipart((MODEL, b"dear"), (MODEL, b"cheap")),
         multipart((MODEL, b"cheap"), (MODEL.replace(b"model", b"Model"), b"dear")), multipart((MODEL, b"cheap"), (MODEL.replace(b'"', b""), b"dear")),
@@ -11010,6 +11060,8 @@ def call_of(index, arguments="{}"):
     "Chat: calls whose numbers have one hash": (feeding(akashproxy.ChatDecoder), lambda n: [
         chat_line({"tool_calls": [{"index": at * (2**61 - 1)}]}) for at in range(n)]),
     "Chat: choices": (feeding(akashproxy.ChatDecoder), lambda n: [b'data: {"choices":[%b{}]}\n\n' % (b"{}," * n)]),
+    "tools as text: allowed tools": (lambda tools: prompted(tools=tools, tool_choice={"type": "allowed_tools", "allowed_tools": {"tools": tools[::-1]}}),
+                                     lambda n: [{"type": "function", "function": {"name": f"f{at}"}} for at in range(n)]),
     "Messages: messages of the system": (lambda messages: akashproxy.Messages({"model": "m", "max_tokens": 1, "messages": messages}),
                                          lambda n: [system("a" * 90)] * n),
     "Responses: messages of the system": (lambda items: akashproxy.Responses({"model": "m", "input": items}),
