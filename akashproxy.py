@@ -2847,12 +2847,12 @@ class UpstreamResponse:
         no_body = self.request.method == "HEAD" or status in (204, 304)
         self.body = BodyDecoder({} if no_body else self.headers, until_close=not no_body)
         self.keep_alive = is_persistent(http_minor, self.headers) and not self.body.until_close
-        self._check_content_encoding()
+        if "content-encoding" in self.headers:
+            self._check_content_encoding(self.headers["content-encoding"].strip().lower())
         return bytes(buffer)
 
-    def _check_content_encoding(self) -> None:
+    def _check_content_encoding(self, encoding: str) -> None:
         """Prepare for a compressed body, which some upstreams send although they must not."""
-        encoding = self.headers.get("content-encoding", "").strip().lower()
         if encoding in ("", "identity") or self.body.done:
             return
         try:
@@ -7247,8 +7247,11 @@ class PassthroughDecoder(Decoder):
         """Hold data back until the first content; set ``error`` if an error comes instead."""
         for line in DATA_LINE.finditer(data.replace(b"\r", b"\n")):
             field, value = line[1], line[2].strip()
-            # Nearly always a token comes first, which need not be parsed.
-            if field == b"data" and TOKEN.search(value) and value.find(b'"error') < 0:
+            # The opening and the first token of nearly all servers need not be parsed.
+            typical = TYPICAL.search(value) if field == b"data" else None
+            if typical and value.find(b'"error') < 0:
+                if not typical[1]:
+                    continue
                 self.started = True
                 break
             event = json_or_none(value) if value.startswith(b"{") else None
@@ -7311,7 +7314,10 @@ class PassthroughDecoder(Decoder):
 
 FIRST_KEY = re.compile(rb"data:\s{0,9}\{\s{0,9}")  # what precedes it in a line
 DATA_LINE = re.compile(rb"(?:^|\n|^\xef\xbb\xbf)(event: ?error\n\n?data|data|error):(.*)(?=\n)")
-TOKEN = re.compile(rb'"delta":\s?\{"(?:content|reasoning_content|reasoning)":\s?"[^"]')
+TYPICAL = re.compile(  # group 1: a token
+    rb'"delta": ?\{(?:("(?:content|reasoning_content|reasoning)": ?"[^"])'
+    rb'|"role": ?"assistant", ?"content": ?"" ?\}, ?"finish_reason": ?null ?\} ?\] ?\}$)'
+)
 OPENING_TYPES = re.compile(
     r"ping|keepalive|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)"
 )
@@ -8779,8 +8785,8 @@ class ChatCompletions(Dialect):
         call = Call(body, stream=boolean_field(body, "stream"))
         call.untranslated = [
             name
-            for name, default in self.RELAYED_ONLY.items()
-            if name in body and body[name] not in (None, default)
+            for name in filter(body.__contains__, self.RELAYED_ONLY)
+            if body[name] not in (None, self.RELAYED_ONLY[name])
         ]
         return call
 

@@ -10775,7 +10775,7 @@ def costly(pattern, flags, method):
         # Where n costs a n + b n**2 and 5,000 cost less than 5 times as much as 1,250, 20,000 cost less than 8 times as much as 5,000.
         if many > 5 * few:
             # Always 5,000 and 20,000: between smaller sizes a bounded repetition may still grow as its square.
-            steep = growth(search, lambda many: pumped(5000 * many), rounds=12, floor=1e-4)
+            steep = growth(search, lambda many: pumped(5000 * many), rounds=40, floor=1e-4)
             if steep > 8:
                 return lead, unit, suffix, steep
     return None
