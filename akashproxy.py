@@ -348,7 +348,7 @@ def _strings_in(value: Any) -> Iterator[Tuple[Any, Any, str]]:
                 containers.append(item)
 
 
-def request_json(value: Any, size: int) -> bytes:
+def request_json(value: Any, size: int) -> Union[bytes, bytearray]:
     """Serialize a request body, with little memory if the request was large.
 
     ``size`` is that of the request in bytes. The value is modified and restored meanwhile, so no
@@ -357,7 +357,7 @@ def request_json(value: Any, size: int) -> bytes:
     targets = [
         target
         for target in _strings_in(value if size > LARGE_JSON else None)
-        if len(target[2]) > LONG_STRING and not target[2].isascii()
+        if len(target[2]) > STRING_SLICE or not target[2].isascii() and len(target[2]) > LONG_STRING
     ]
     if not targets:
         return to_json(value)
@@ -377,7 +377,7 @@ def request_json(value: Any, size: int) -> bytes:
             output += to_json(text[cut : cut + STRING_SLICE])[1:-1]
         copied = placeholder.end()
     output += skeleton[copied:]
-    return bytes(output)
+    return output  # not as bytes: a copy would take as much memory again
 
 
 def check_json(data: bytes, max_values: int) -> None:
@@ -2400,7 +2400,7 @@ class UpstreamRequest(urllib.request.Request):
     """
 
     method: str
-    body: Optional[bytes]
+    body: Union[bytes, bytearray, None]
     scope: CancelScope
     retry_reason: str  # of a repeated request, which needs a new connection
     _tunnel_host: Optional[str]  # urllib's: the upstream, if a proxy tunnels to it
@@ -2427,12 +2427,13 @@ class UpstreamRequest(urllib.request.Request):
         request.__dict__.update(self.__dict__, fields=fields, **attributes)
         return request
 
-    def to_bytes(self) -> bytes:
-        """Serialize head and body."""
+    def parts(self) -> List[Union[bytes, bytearray]]:
+        """Serialize head and body, together unless that would take much memory."""
         head = request_head(f"{self.method} {self.selector} HTTP/1.1", *self.fields.items())
         if self.body is None:
-            return head + b"\r\n"
-        return b"%bContent-Length: %d\r\n\r\n%b" % (head, len(self.body), self.body)
+            return [head + b"\r\n"]
+        head = b"%bContent-Length: %d\r\n\r\n" % (head, len(self.body))
+        return [head, self.body] if len(self.body) > LARGE_JSON else [head + self.body]
 
 
 @functools.lru_cache(maxsize=64)
@@ -2476,7 +2477,8 @@ class ConnectionPool(urllib.request.BaseHandler):
             try:
                 if sock.gettimeout() is not None:
                     sock.setblocking(True)
-                sock.sendall(request.to_bytes())
+                for part in request.parts():
+                    sock.sendall(part)
             except OSError as error:
                 # The server may have sent an error and closed without reading all of the request:
                 # that response must still be read.
@@ -3013,7 +3015,7 @@ class Transport:
         method: str,
         path: str,
         scope: CancelScope,
-        data: Optional[bytes] = None,
+        data: Union[bytes, bytearray, None] = None,
         headers: Optional[Dict[str, str]] = None,
         first_byte: Optional[float] = None,
         retry_reason: str = "",
@@ -6275,7 +6277,7 @@ class AkashController(Controller):
         # Only now: a pool may have many such controllers, each with all of a large body.
         data = request_json(body, len(call.original.raw_body))
         if self._is_image(call):
-            return self.images.events(call, data)
+            return self.images.events(call, bytes(data))
         self._check_context(call, body)
         cookie = self.session.get(call.scope)
         reason = call.attempt.retry_reason
@@ -7419,7 +7421,7 @@ class OpenAIController(Controller):
         )
         return EventStream(response, lambda response: self._decoder(call, response, is_native))
 
-    def _request(self, call: Call, is_native: bool) -> Tuple[bytes, str]:
+    def _request(self, call: Call, is_native: bool) -> Tuple[Union[bytes, bytearray], str]:
         """Return the request body and its content type; unchanged bodies are not rebuilt."""
         name = self.upstream_model(call.model)
         if is_native and call.original.form_model:

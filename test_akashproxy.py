@@ -1088,7 +1088,7 @@ def test_no_line_break_gets_into_the_head_of_a_request(text):
     for fields in {"A": text}, {text: "a"}:
         request = akashproxy.UpstreamRequest("http://x/").copy(fields, method="GET", body=None)
         with pytest.raises(ProtocolError, match="line break"):
-            request.to_bytes()
+            request.parts()
 
 
 INTERIM = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
