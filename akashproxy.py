@@ -2076,17 +2076,12 @@ def find_head_end(
     may begin it, and everything before ``scan_from`` has been scanned by an earlier call.
     """
     end = buffer.find(b"\r\n\r\n", scan_from)
-    if end > MAX_HEAD_BYTES or end < 0 and len(buffer) > MAX_HEAD_BYTES:
+    if (len(buffer) if end < 0 else end) > MAX_HEAD_BYTES:
         raise ProtocolError("the head is too large", 431)
     if end >= 0 or not buffer or buffer == b"\r":
         return end
-    first_line_complete = buffer.find(b"\r\n", scan_from) >= 0
-    if (
-        buffer[0] not in first
-        or _BARE_BREAK.search(buffer, scan_from)
-        or first_line_complete
-        and b"HTTP/" not in buffer
-    ):
+    is_foreign = b"HTTP/" not in buffer and buffer.find(b"\r\n", scan_from) >= 0
+    if is_foreign or buffer[0] not in first or _BARE_BREAK.search(buffer, scan_from):
         raise ProtocolError("this is not HTTP/1.1")
     return end
 
@@ -2257,10 +2252,8 @@ class BodyDecoder:
         payload = self.complete_chunks(data)
         if payload:
             return payload
-        scan_from = len(self.buffer)
-        if scan_from:
-            data, self.buffer = self.buffer + data, b""
-        parts, at, untried = [], 0, True
+        data, self.buffer = self.buffer + data, b""
+        parts, at, is_split = [], 0, False
         while not self.done:
             if self.remaining:
                 part = data[at : at + self.remaining]
@@ -2270,31 +2263,31 @@ class BodyDecoder:
                 if self.remaining:
                     break
                 self.state = "end"
-            elif untried and self.state == "size":
-                untried = False
-                if at:
-                    data, scan_from, at = data[at:], max(0, scan_from - at), 0
-                chunks, trailing = split_plain_chunks(data)
-                parts += chunks
+            elif self.state == "size" and not is_split:
+                is_split = True
+                chunks, lines = split_plain_chunks(data[at:])
                 if chunks:
-                    at = len(data) - len(b"\r\n".join(trailing))
+                    parts += chunks
+                    at = len(data) - len(b"\r\n".join(lines))
                     self.done = not chunks[-1]
-                    if self.done:
-                        break
+                    continue
             end = data.find(b"\r\n", at)
             if end < 0:
-                self._save_partial(data[at:], max(0, scan_from - 1 - at))
+                self.buffer = line = data[at:]
+                is_longer = self.state == "end" and line not in (b"", b"\r")
+                if is_longer or len(line) > 4096 or line.find(b"\n") >= 0:
+                    raise ProtocolError("the chunked coding is malformed")
                 break
             self._handle_framing_line(data[at:end])
             at = end + 2
         if self.done:
             self.trailing_data = data[at:]
-        return b"".join(parts) if len(parts) != 1 else parts[0]
+        return b"".join(parts)
 
     def complete_chunks(self, data: bytes) -> bytes:
         """Return the payload of data that is complete plain chunks; else b"".
 
-        As of tokens. The state does not change: neither a part of a chunk nor the last one follows.
+        The state does not change: neither a part of a chunk nor the last one follows.
         """
         if self.remaining or self.buffer or self.state != "size" or not data.endswith(b"\r\n"):
             return b""
@@ -2306,24 +2299,13 @@ class BodyDecoder:
         chunks, trailing = split_plain_chunks(data)
         return b"".join(chunks) if trailing == [b""] and chunks and chunks[-1] else b""
 
-    def _save_partial(self, data: bytes, scan_from: int) -> None:
-        """Buffer an incomplete framing line; ProtocolError if it can't become valid."""
-        if (
-            len(data) > 4096
-            or _BARE_BREAK.search(data, scan_from)
-            or (self.state == "end" and data not in (b"", b"\r"))
-        ):
-            raise ProtocolError("the chunked coding is malformed")
-        self.buffer = data
-
     def _handle_framing_line(self, line: bytes) -> None:
         if self.state == "size":
             match = _CHUNK_SIZE.fullmatch(line)
             if not match:
                 raise ProtocolError("a chunk's size is malformed")
             self.remaining = int(match[1], 16)
-            if not self.remaining:
-                self.state = "trailer"
+            self.state = "size" if self.remaining else "trailer"
         elif self.state == "end":
             if line:
                 raise ProtocolError("a chunk is longer than its size")
@@ -2365,19 +2347,15 @@ class ContentDecoder:
                 # Servers send deflate with zlib's header, as the standard says, or without.
                 has_header = data[0] == 0x1F or data[0] & 15 == 8
                 self.inflater = zlib.decompressobj(47 if has_header else -15)
-            out.append(self._expand(data))
+            try:
+                out.append(self.inflater.decompress(data, self.MAX_OUTPUT))
+            except zlib.error as error:
+                raise ProtocolError(f"malformed compression: {error}") from None
+            self.expanded += len(out[-1])
+            if self.expanded > self.MAX_OUTPUT + self.MAX_RATIO * self.received:
+                raise ProtocolError("the compressed body expands to too much")
             data = self.inflater.unconsumed_tail or self.inflater.unused_data
         return b"".join(out)
-
-    def _expand(self, data: bytes) -> bytes:
-        try:
-            output: bytes = self.inflater.decompress(data, self.MAX_OUTPUT)
-        except zlib.error as error:
-            raise ProtocolError(f"malformed compression: {error}") from None
-        self.expanded += len(output)
-        if self.expanded > self.MAX_OUTPUT + self.MAX_RATIO * self.received:
-            raise ProtocolError("the compressed body expands to too much")
-        return output
 
     def close(self) -> None:
         """Raise ProtocolError if the compressed body is incomplete."""
