@@ -92,7 +92,7 @@ Where is ...
     proxies on the way                 UpstreamRequest, SocksProxy
     deadlines                          CancelScope, Connection.on_tick
     cancelling                         Cancellation
-    request bodies                     BodyReader, check_body_size
+    request bodies                     BodyReader, check_body
     the gate                           Gate.check_head
     figures for Prometheus             METRICS, Metrics, prometheus_text
     a client's connection              Connection
@@ -2056,7 +2056,6 @@ _REQUEST_LINE = re.compile(
     r"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])"
 )
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t -~\x80-\xff]*)?")
-_BLANK_LINES = re.compile(rb"(?:\r\n)*")
 _HOST = re.compile(r"[A-Za-z0-9.:_\[\]~%!$&'()*+;=-]*")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _LENGTH = re.compile(r"[0-9]{1,18}")
@@ -10412,6 +10411,11 @@ def part_field(head: bytes, value: bytes) -> Tuple[str, str]:
 
 
 READABLE, WRITABLE = 1, 4  # events of a socket, as select.epoll has them
+_SELECTOR_EVENTS = {
+    READABLE: selectors.EVENT_READ,
+    WRITABLE: selectors.EVENT_WRITE,
+    READABLE | WRITABLE: selectors.EVENT_READ | selectors.EVENT_WRITE,
+}
 
 
 class SelectorPoller:
@@ -10428,27 +10432,21 @@ class SelectorPoller:
         is_full = count >= self.MAX_SELECT if os.name == "nt" else descriptor >= 1024
         if is_full and isinstance(self.selector, selectors.SelectSelector):
             raise OSError(errno.EMFILE, "select() can't watch more sockets")
-        self.selector.register(descriptor, self._mask(events))
+        self.selector.register(descriptor, _SELECTOR_EVENTS[events])
 
     def modify(self, descriptor: int, events: int) -> None:
-        self.selector.modify(descriptor, self._mask(events))
+        self.selector.modify(descriptor, _SELECTOR_EVENTS[events])
 
     def poll(self, seconds: float) -> List[Tuple[int, int]]:
         """Return (descriptor, events) of the sockets ready within so many seconds."""
         return [(key.fd, events) for key, events in self.selector.select(seconds)]
 
-    @staticmethod
-    def _mask(events: int) -> int:
-        return (selectors.EVENT_READ if events & READABLE else 0) | (
-            selectors.EVENT_WRITE if events & WRITABLE else 0
-        )
-
 
 class EventLoop(threading.Thread):
     """The loop thread: dispatches I/O events, scheduled callbacks and a periodic tick.
 
-    add(), modify() and remove(): loop thread. call_soon_threadsafe() and stop(): any thread.
-    Callbacks must not block. An exception in a callback is logged and aborts its own socket only.
+    add() and remove(): loop thread. call_soon_threadsafe() and stop(): any thread. Callbacks must
+    not block. An exception in a callback is logged and aborts its own socket only.
     """
 
     TICK = 0.25  # seconds between two calls of on_tick
@@ -10482,14 +10480,11 @@ class EventLoop(threading.Thread):
         abort: Callable[[], None],
         events: int = READABLE,
     ) -> None:
-        """Register a socket; OSError if select() has no room for it."""
-        descriptor = sock.fileno()
-        self.poller.register(descriptor, events)
+        """Register a socket or change its events; OSError if select() has no room for it."""
+        descriptor, poller = sock.fileno(), self.poller
+        change = poller.modify if descriptor in self.registrations else poller.register
+        change(descriptor, events)
         self.registrations[descriptor] = callback, abort
-
-    def modify(self, sock: Any, events: int) -> None:
-        """Change the events of a registered socket."""
-        self.poller.modify(sock.fileno(), events)
 
     def remove(self, sock: Any) -> None:
         """Unregister a socket before it is closed or handed to a worker. Idempotent."""
@@ -10521,9 +10516,10 @@ class EventLoop(threading.Thread):
             self.awake = False
             try:
                 ready = poll(0 if scheduled else self.TICK)
-            except (OSError, ValueError):  # select() fails as a whole for one invalid descriptor
+            except (OSError, ValueError):
                 log.exception("the selector rejected its sockets")
-                ready = self._remove_invalid()
+                time.sleep(self.TICK)
+                ready = []
             self.awake = True
             self.now = time.monotonic()
             for descriptor, _ in ready:
@@ -10553,22 +10549,9 @@ class EventLoop(threading.Thread):
         self.wakeup_r.close()
         self.wakeup_w.close()
 
-    def _remove_invalid(self) -> List[Tuple[int, int]]:
-        """Remove and abort the sockets that select() rejects; none is ready then."""
-        for descriptor, (_, abort) in list(self.registrations.items()):
-            try:
-                select.select([descriptor], [], [], 0)
-            except (OSError, ValueError):
-                self.poller.unregister(descriptor)
-                del self.registrations[descriptor]
-                self._abort(abort)
-        return []
-
     def _on_wakeup(self) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):
             self.wakeup_r.recv(4096)
-        except BlockingIOError:
-            return
 
     @staticmethod
     def _abort(abort: Callable[[], None]) -> None:
@@ -10696,16 +10679,16 @@ class AccessRecord:
     first_token_at = 0.0
 
 
-def check_body_size(size: int, settings: Settings) -> None:
-    """Raise APIError 413 if a body of at least ``size`` bytes exceeds the limits."""
+def check_body(server: "Server", size: int, more: int) -> None:
+    """Raise APIError 413 if a body of ``size`` bytes is too large.
+
+    And 503 if MAX_BODY_TOTAL has no room for ``more`` bytes, beside all bodies in transit.
+    """
+    settings = server.settings
     limit = min(settings.max_body, settings.max_body_total)
     if size > limit:
         raise APIError(413, f"The body is larger than {limit} bytes.")
-
-
-def check_body_memory(size: int, server: "Server") -> None:
-    """Raise APIError 503 if MAX_BODY_TOTAL has no room for so many more bytes."""
-    if server.body_bytes + size > server.settings.max_body_total:
+    if server.body_bytes + more > settings.max_body_total:
         message = "The server is receiving too many large requests; retry later."
         raise APIError(503, message, code="overloaded", retry_after=1)
 
@@ -10725,17 +10708,13 @@ class BodyReader:
 
     def feed(self, data: bytes, now: float) -> None:
         """Decode received bytes; APIError 413 or 503 above a limit."""
-        payload = self.decoder.feed(data)
-        if self.decoder.chunked:  # else the gate has checked the declared size
-            size = len(self.data) + len(payload) + self.decoder.remaining  # known so far
-            check_body_size(size, self.server.settings)
-        check_body_memory(len(payload), self.server)
-        self.server.body_bytes += len(payload)
+        server, payload = self.server, self.decoder.feed(data)
+        size = len(self.data) + len(payload) + self.decoder.remaining  # as far as it is known
+        check_body(server, size, len(payload))
+        server.body_bytes += len(payload)
         self.data += payload
-        self.deadline = min(
-            self.deadline + len(data) / self.MIN_UPLOAD_RATE,
-            now + self.server.settings.body_timeout,
-        )
+        earned = self.deadline + len(data) / self.MIN_UPLOAD_RATE
+        self.deadline = min(earned, now + server.settings.body_timeout)
 
 
 class Connection:
@@ -10763,7 +10742,7 @@ class Connection:
         self.pipelined = False  # the next request or EOF has come: nothing more is read
         self.events = 0  # registered with the loop
         self.linger_budget = 0
-        self.deadline, self.timeout_message = math.inf, ""
+        self.deadline = math.inf
         self._update_events()
 
     # -- reading
@@ -10808,16 +10787,14 @@ class Connection:
 
     def _read_head(self) -> Optional[Request]:
         """Parse the head and pass it through the gate; None while it is incomplete."""
-        if self.input.startswith(b"\r\n"):  # RFC 9112, 2.2: skip empty lines before a request
-            blank = _BLANK_LINES.match(self.input)
-            del self.input[: blank.end() if blank else 0]
-        end = find_head_end(self.input, self.scan_from) if self.input else -1
+        while self.input.startswith(b"\r\n"):  # RFC 9112, 2.2: skip empty lines before a request
+            del self.input[:2]
+        end = find_head_end(self.input, self.scan_from)
         if end < 0:
             self.scan_from = max(0, len(self.input) - 3)
             if self.state is IDLE:
                 self.state = READING
-                timeout = self.server.settings.head_timeout
-                self.set_deadline(timeout, "The request's head took too long.")
+                self.set_deadline(self.server.settings.head_timeout)
             return None
         self.scan_from = 0
         self.request = request = Request(self)
@@ -10830,7 +10807,7 @@ class Connection:
         if len(self.input) >= decoder.remaining > 0:  # the body came with its head
             request.body, request.body_unread = bytes(self.input[: decoder.remaining]), False
             del self.input[: decoder.remaining]
-        elif request.body_unread:
+        elif request.body_unread and request.head.method not in BODILESS_METHODS:
             request.reader = BodyReader(self.server, decoder, self.loop.now)
             if request.head.headers.get("expect") and not self.input:
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -10846,13 +10823,9 @@ class Connection:
             data, self.input = bytes(self.input), bytearray()
             reader.feed(data, self.loop.now)
         if not reader.decoder.done:
-            if request.head.method in BODILESS_METHODS:
-                self._discard_body(request)
-                return True  # not needed; the connection is closed after the response
             if self.state is IDLE:  # else the client has just disconnected
                 self.state = READING
             self.deadline = reader.deadline
-            self.timeout_message = "The request's body took too long."
             return False
         self.input += reader.decoder.trailing_data
         request.body, request.body_unread = bytes(reader.data), False
@@ -10990,8 +10963,7 @@ class Connection:
 
     def _start_write_timeout(self) -> None:
         """Restart the write timeout: it bounds a stall, not the whole response."""
-        timeout = self.server.settings.write_timeout
-        self.set_deadline(timeout, "The client did not read its response.")
+        self.set_deadline(self.server.settings.write_timeout)
         self._update_events()
 
     # -- ending a request, and the connection
@@ -11022,7 +10994,7 @@ class Connection:
 
     def _next_request(self) -> None:
         self.pipelined, self.state = False, IDLE
-        self.set_deadline(self.server.settings.keepalive_timeout, "")
+        self.set_deadline(self.server.settings.keepalive_timeout)
         if self.input:
             self._advance()
         if self.events != READABLE:
@@ -11036,7 +11008,7 @@ class Connection:
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
         self.state, self.pipelined, self.linger_budget = LINGERING, False, self.LINGER_BYTES
-        self.set_deadline(self.LINGER_SECONDS, "")
+        self.set_deadline(self.LINGER_SECONDS)
         self._update_events()
 
     def stop(self) -> None:
@@ -11082,9 +11054,9 @@ class Connection:
 
     # -- time
 
-    def set_deadline(self, seconds: float, message: str) -> None:
-        """Set the deadline, in seconds from now, and the message of its error 408."""
-        self.deadline, self.timeout_message = self.loop.now + seconds, message
+    def set_deadline(self, seconds: float) -> None:
+        """Set the deadline, in seconds from now."""
+        self.deadline = self.loop.now + seconds
 
     def on_tick(self, now: float) -> None:
         """Enforce the deadline, detect a disconnected client, send pings."""
@@ -11093,7 +11065,8 @@ class Connection:
             self.deadline = min(self.deadline, now + LAME_DUCK_SECONDS)
         if now >= self.deadline:
             if self.state is READING and (self.input or request is not None):
-                self._dispatch(APIError(408, self.timeout_message))
+                part = "head" if request is None else "body"
+                self._dispatch(APIError(408, f"The request's {part} took too long."))
             elif self.state in RESPONDING:
                 self.disconnect()
             else:
@@ -11109,13 +11082,11 @@ class Connection:
         events = (0 if self.pipelined else READABLE) | (WRITABLE if self.output else 0)
         if events == self.events or self.state is CLOSED:
             return
-        if not self.events:
+        self.events = events
+        if events:
             self.loop.add(self.sock, self.on_ready, self.disconnect, events)
-        elif events:
-            self.loop.modify(self.sock, events)
         else:
             self.loop.remove(self.sock)
-        self.events = events
 
 
 def call_when_drained(connection: Connection, callback: Callable[[], None]) -> None:
@@ -11719,7 +11690,8 @@ def sample(name: str, labels: Iterable[Tuple[str, str]], value: float) -> str:
 # no secrets, and its own API requests carry the token.
 PUBLIC_PATHS = ("/", "/health")
 
-BODILESS_METHODS = ("GET", "HEAD", "OPTIONS", "DELETE")  # their bodies are not read
+# Their bodies are not needed: unless one comes with its head, its connection is closed.
+BODILESS_METHODS = ("GET", "HEAD", "OPTIONS", "DELETE")
 
 SERVER_NAME = f"akashproxy/{__version__}"
 CORS_ANY = (
@@ -11808,16 +11780,15 @@ class Gate:
             self._check_body(request, decoder)
 
     def _check_body(self, request: Request, decoder: BodyDecoder) -> None:
-        """Check the declared size and Expect; APIError 413, 417 or 503."""
-        head = request.head
-        check_body_size(decoder.remaining, request.settings)
+        """Check the declared size and Expect; APIError 413, 417 or 503.
+
+        The size does not count yet, or clients that send nothing of it would lock out all others.
+        """
+        head, size = request.head, decoder.remaining
+        check_body(self.server, size, size if size > len(request.connection.input) else 0)
         expect = head.headers.get("expect", "100-continue")
         if request.body_unread and head.http_minor == "1" and expect.lower() != "100-continue":
             raise APIError(417, "Only 'Expect: 100-continue' is supported.")
-        # A declared length is compared with the limit but does not count: otherwise clients
-        # that declare much and send nothing would lock out all others.
-        if decoder.remaining > len(request.connection.input):
-            check_body_memory(decoder.remaining, self.server)
 
     def is_health_check(self, request: Request) -> bool:
         """Return whether the loop may handle the request: /health, unless overridden.
@@ -12769,7 +12740,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Add a client connection; reject it above MAX_CONNECTIONS. Loop thread."""
         connection = Connection(request, client_address, self)
         self.connections.add(connection)
-        connection.set_deadline(self.settings.keepalive_timeout, "")
+        connection.set_deadline(self.settings.keepalive_timeout)
         if len(self.connections) > self.settings.max_connections:
             connection.reject()
 
