@@ -11691,6 +11691,7 @@ CORS_ANY = (
 )
 _UNPRINTABLE = re.compile(r"[^ -~]")  # not allowed in a header
 _PARAM_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
 _STATUS_LINES = {int(status): f"HTTP/1.1 {status:d} {status.phrase}" for status in http.HTTPStatus}
 
 # Request headers that a relayed request keeps; all others stay here, tokens and cookies above all.
@@ -12241,7 +12242,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers["Access-Control-Allow-Methods"] = allow
             headers["Access-Control-Max-Age"] = "86400"
             requested = self.headers.get("access-control-request-headers", "")
-            names = re.findall(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", requested)
+            names = list(filter(_TOKEN.fullmatch, re.split(r"[\s,]+", requested)))
             if names:
                 headers["Access-Control-Allow-Headers"] = ", ".join(names)
         self.request.writer.respond(204, b"", headers)
