@@ -45,11 +45,11 @@ There are two kinds of threads. The *loop* reads requests, writes responses and 
 never blocks. *Workers* get one whole request each: they parse it, choose a controller and send the
 request to the upstream, and may block in that. A streamed chat:
 
-    1 loop    accept: Connection(IDLE). Head and body complete: DISPATCHED, submit()
+    1 loop    accept: Connection(IDLE). Head and body complete: RESPONDING, submit()
     2 worker  Handler.parse_request, do_POST: the body becomes a Call
     3 worker  CallResponder.attempt: Exchange chooses a controller, which sends the request
     4 worker  call_soon_threadsafe(StreamRelay.start); the worker is free
-    5 loop    STREAMING: the upstream's bytes become events; the first one begins the response
+    5 loop    the upstream's bytes become events; the first one begins the response
     6 loop    back-pressure, pings, disconnects, deadlines
     7 loop    a failure before 5: submit(), back to 3; afterwards: an error frame
     8 loop    the end: access log, metrics, Connection(IDLE)
@@ -10416,6 +10416,7 @@ _SELECTOR_EVENTS = {
     WRITABLE: selectors.EVENT_WRITE,
     READABLE | WRITABLE: selectors.EVENT_READ | selectors.EVENT_WRITE,
 }
+Callback = Callable[[], Any]
 
 
 class SelectorPoller:
@@ -10462,9 +10463,9 @@ class EventLoop(threading.Thread):
             if selector is None and hasattr(select, "epoll")
             else SelectorPoller(selector or selectors.DefaultSelector())
         )
-        # By descriptor: the callback, and what to call if it raises an exception.
-        self.registrations: Dict[int, Tuple[Callable[[], None], Callable[[], None]]] = {}
-        self.scheduled: Deque[Callable[[], Any]] = collections.deque()
+        # By descriptor: the callback, and the one to call if it raises an exception.
+        self.registrations: Dict[int, Tuple[Callback, Callback]] = {}
+        self.scheduled: Deque[Callback] = collections.deque()
         self.awake = False  # True: ``scheduled`` will be read before the next wait
         self.stopped = False
         self.now = time.monotonic()
@@ -10473,13 +10474,7 @@ class EventLoop(threading.Thread):
         self.wakeup_w.setblocking(False)
         self.add(self.wakeup_r, self._on_wakeup, self._on_wakeup)
 
-    def add(
-        self,
-        sock: Any,
-        callback: Callable[[], None],
-        abort: Callable[[], None],
-        events: int = READABLE,
-    ) -> None:
+    def add(self, sock: Any, callback: Callback, abort: Callback, events: int = READABLE) -> None:
         """Register a socket or change its events; OSError if select() has no room for it."""
         descriptor, poller = sock.fileno(), self.poller
         change = poller.modify if descriptor in self.registrations else poller.register
@@ -10492,7 +10487,7 @@ class EventLoop(threading.Thread):
         if self.registrations.pop(descriptor, None) is not None:
             self.poller.unregister(descriptor)
 
-    def call_soon_threadsafe(self, callback: Callable[[], Any]) -> None:
+    def call_soon_threadsafe(self, callback: Callback) -> None:
         """Schedule a callback for the loop thread. Any thread."""
         self.scheduled.append(callback)
         if not self.awake:  # two threads may both read False: the second byte is harmless
@@ -10554,7 +10549,7 @@ class EventLoop(threading.Thread):
             self.wakeup_r.recv(4096)
 
     @staticmethod
-    def _abort(abort: Callable[[], None]) -> None:
+    def _abort(abort: Callback) -> None:
         log.exception("a bug in akashproxy, on the loop thread")
         try:
             abort()
@@ -10568,25 +10563,21 @@ class State(enum.Enum):
     ::
 
         IDLE ──► READING                         a part of a request has arrived
-        IDLE, READING ──► DISPATCHED             request complete or rejected: a worker has it
-        DISPATCHED ──► STREAMING                 the loop relays an upstream's response
-        STREAMING ──► DISPATCHED                 the upstream failed early: a worker fails over
-        DISPATCHED, STREAMING ──► IDLE           response sent
-        DISPATCHED, STREAMING ──► LINGERING      response sent, input discarded until EOF
+        IDLE, READING ──► RESPONDING             request complete or rejected: see Request
+        RESPONDING ──► IDLE                      response sent
+        RESPONDING ──► LINGERING                 response sent, input discarded until EOF
         any ──► CLOSED
     """
 
     IDLE = enum.auto()
     READING = enum.auto()
-    DISPATCHED = enum.auto()
-    STREAMING = enum.auto()
+    RESPONDING = enum.auto()
     LINGERING = enum.auto()
     CLOSED = enum.auto()
 
 
 # Not State.IDLE: up to Python 3.11 an access to an Enum's member is a slow call.
-IDLE, READING, DISPATCHED, STREAMING, LINGERING, CLOSED = State
-RESPONDING = (DISPATCHED, STREAMING)
+IDLE, READING, RESPONDING, LINGERING, CLOSED = State
 
 
 class Head(NamedTuple):
@@ -10619,7 +10610,7 @@ class Route(NamedTuple):
 class Request:
     """Request of a client, with its response.
 
-    Loop thread while it is read and while its response is STREAMING; in between its worker thread.
+    Loop thread while it is read, and while its response is relayed; in between its worker thread.
     """
 
     head = Head()
@@ -10633,7 +10624,7 @@ class Request:
     reader: Optional["BodyReader"] = None  # while the body is being read
     call: Optional[Call] = None  # set for model calls and images
     source: Any = None  # Exchange or UpstreamResponse, closed when the response is complete
-    relay: Optional["StreamRelay"] = None  # while STREAMING
+    relay: Optional["StreamRelay"] = None  # while the loop relays an upstream's response
 
     def __init__(self, connection: "Connection") -> None:
         self.connection, self.server = connection, connection.server
@@ -10738,7 +10729,7 @@ class Connection:
         self.room = threading.Condition()  # guards ``output`` and CLOSED; notified by each flush()
         self.scan_from = 0  # the part of ``input`` before it does not contain the head's end
         self.request: Optional[Request] = None  # being read or answered
-        self.on_drained: Optional[Callable[[], None]] = None  # called once all output is sent
+        self.on_drained: Optional[Callback] = None  # called once all output is sent
         self.pipelined = False  # the next request or EOF has come: nothing more is read
         self.events = 0  # registered with the loop
         self.linger_budget = 0
@@ -10751,7 +10742,7 @@ class Connection:
         """Handle a readable or writable socket."""
         if self.state is not CLOSED and self.output:
             self.flush()
-        if self.request is not None and self.state in RESPONDING:
+        if self.request is not None and self.state is RESPONDING:
             self._check_disconnect(self.request)
         elif self.state is not CLOSED:  # else a callback of the same select() has closed it
             self._receive()
@@ -10807,7 +10798,7 @@ class Connection:
         if len(self.input) >= decoder.remaining > 0:  # the body came with its head
             request.body, request.body_unread = bytes(self.input[: decoder.remaining]), False
             del self.input[: decoder.remaining]
-        elif request.body_unread and request.head.method not in BODILESS_METHODS:
+        elif request.body_unread:
             request.reader = BodyReader(self.server, decoder, self.loop.now)
             if request.head.headers.get("expect") and not self.input:
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -10822,15 +10813,15 @@ class Connection:
         if self.input:
             data, self.input = bytes(self.input), bytearray()
             reader.feed(data, self.loop.now)
-        if not reader.decoder.done:
-            if self.state is IDLE:  # else the client has just disconnected
-                self.state = READING
-            self.deadline = reader.deadline
-            return False
-        self.input += reader.decoder.trailing_data
-        request.body, request.body_unread = bytes(reader.data), False
-        self._discard_body(request)
-        return True
+        if reader.decoder.done:
+            self.input += reader.decoder.trailing_data
+            request.body, request.body_unread = bytes(reader.data), False
+            self._discard_body(request)
+        elif request.head.method in BODILESS_METHODS:
+            self._discard_body(request)  # not needed: the response closes the connection
+        elif self.state is not CLOSED:  # the client may have disconnected before 100 Continue
+            self.state, self.deadline = READING, reader.deadline
+        return request.reader is None
 
     def _discard_body(self, request: Request) -> None:
         """Drop what has been received of a body, or has been copied from there."""
@@ -10846,14 +10837,14 @@ class Connection:
                 request.body_unread = True  # the start of a next request can't be determined
             self._discard_body(request)
         request.error = error
-        self.state, self.deadline = DISPATCHED, math.inf
+        self.state, self.deadline = RESPONDING, math.inf
         if error is None and self.server.gate.is_health_check(request):
             request.writer.send = self.send
             self.server.serve_request(request)
         else:
             self.submit(request, functools.partial(self.server.serve_request, request))
 
-    def submit(self, request: Request, task: Callable[[], None]) -> None:
+    def submit(self, request: Request, task: Callback) -> None:
         """Run a step of the request on a worker; reject or disconnect without one."""
 
         def submit() -> None:
@@ -10966,7 +10957,7 @@ class Connection:
         self.set_deadline(self.server.settings.write_timeout)
         self._update_events()
 
-    def call_when_drained(self, callback: Callable[[], None]) -> None:
+    def call_when_drained(self, callback: Callback) -> None:
         """Call back once all output is sent, or end the request of a client that has left."""
         if self.state is CLOSED:
             self.end_request()
@@ -11029,7 +11020,7 @@ class Connection:
 
     def disconnect(self) -> None:
         """Close, and cancel the request: the client has disconnected or must be dropped."""
-        request, responding, on_drained = self.request, self.state in RESPONDING, self.on_drained
+        request, responding, on_drained = self.request, self.state is RESPONDING, self.on_drained
         self.close()
         if request is None or not responding:
             return
@@ -11073,11 +11064,11 @@ class Connection:
             if self.state is READING and (self.input or request is not None):
                 part = "head" if request is None else "body"
                 self._dispatch(APIError(408, f"The request's {part} took too long."))
-            elif self.state in RESPONDING:
+            elif self.state is RESPONDING:
                 self.disconnect()
             else:
                 self.close()
-        elif request is not None and self.state in RESPONDING:
+        elif request is not None and self.state is RESPONDING:
             if self.pipelined and request.call is not None and peer_has_closed(self.sock):
                 self.disconnect()
             elif now - request.writer.last_write > request.settings.heartbeat:
@@ -11102,7 +11093,7 @@ class Connection:
 class ResponseWriter:
     """Writes one response: status line, headers, framing.
 
-    Any thread: the request's worker; the loop while STREAMING, and for pings. The lock prevents a
+    Any thread: the request's worker; the loop for pings and while it relays. The lock prevents a
     ping in the middle of what a worker is writing. The head is sent with the body's first bytes.
     """
 
@@ -11117,7 +11108,7 @@ class ResponseWriter:
     def __init__(self, request: "Request") -> None:
         self.request, self.connection = request, request.connection
         self.lock = threading.RLock()
-        # On the loop thread, for /health and while STREAMING: Connection.send.
+        # On the loop thread, for /health and in a StreamRelay: Connection.send.
         self.send: Callable[..., Any] = self.connection.enqueue
         self.last_write = request.started_at
 
@@ -11255,8 +11246,7 @@ class StreamRelay:
         if self.connection.state is CLOSED:
             self.on_client_disconnect()
             return
-        self.connection.state, self.request.relay = STREAMING, self
-        self.writer.send = self.connection.send
+        self.request.relay, self.writer.send = self, self.connection.send
         self._add_upstream()
 
     def on_upstream_tls(self) -> None:
@@ -11369,8 +11359,7 @@ class StreamRelay:
         else:
             self.upstream_done = True
             self.loop.remove(self.upstream)
-            self.request.relay, self.connection.state = None, DISPATCHED
-            self.writer.send = self.connection.enqueue
+            self.request.relay, self.writer.send = None, self.connection.enqueue
             self.responder.resume(error)
 
     def _pause(self) -> None:
@@ -11680,8 +11669,7 @@ def sample(name: str, labels: Iterable[Tuple[str, str]], value: float) -> str:
 # no secrets, and its own API requests carry the token.
 PUBLIC_PATHS = ("/", "/health")
 
-# Their bodies are not needed: unless one comes with its head, its connection is closed.
-BODILESS_METHODS = ("GET", "HEAD", "OPTIONS", "DELETE")
+BODILESS_METHODS = ("GET", "HEAD", "OPTIONS", "DELETE")  # their bodies are not waited for
 
 SERVER_NAME = f"akashproxy/{__version__}"
 CORS_ANY = (
@@ -12012,19 +12000,13 @@ class CallResponder:
     Worker thread; loop thread while a StreamRelay has the response.
     """
 
-    def __init__(
-        self,
-        request: Request,
-        exchange: Exchange,
-        dialect: Any,
-        run: Callable[[Callable[[], Any]], None],
-    ) -> None:
-        self.request, self.exchange, self.dialect, self.run = request, exchange, dialect, run
-        self.writer, self.call = request.writer, exchange.call
-        loop = request.connection.loop
+    def __init__(self, handler: "Handler", exchange: Exchange) -> None:
+        self.request, self.run, self.dialect = handler.request, handler.run, handler.dialect
+        self.exchange, self.call, self.writer = exchange, exchange.call, self.request.writer
+        loop = self.request.connection.loop
         exchange.resume = functools.partial(loop.call_soon_threadsafe, self.resume)
         if self.call.stream:
-            self.writer.ping_frame = dialect.ping_frame
+            self.writer.ping_frame = self.dialect.ping_frame
 
     def attempt(self, error: Optional[APIError] = None) -> bool:
         """Try controllers until one responds. Worker thread.
@@ -12037,14 +12019,13 @@ class CallResponder:
         if error is not None:
             exchange.fail_over(error)
         try:
-            relayed = exchange.attempt()
+            if exchange.attempt():
+                relay = StreamRelay(self)
+                # Last: from here on the request belongs to the loop, which may relay already.
+                relay.loop.call_soon_threadsafe(relay.start)
+                return True
         except Queued:
             return True  # resume() continues
-        if relayed:
-            relay = StreamRelay(self)
-            # Last: from here on the request belongs to the loop, which may already be relaying.
-            relay.loop.call_soon_threadsafe(relay.start)
-            return True
         try:
             self._drain(exchange.events())
         except APIError as failure:
@@ -12061,29 +12042,33 @@ class CallResponder:
 
     def start_stream(self) -> bytes:
         """Begin a streamed response; returns its opening frames."""
-        self._commit()
         content_type = self.call.attempt.content_type
-        with self.writer.lock:
-            if not self.writer.status:  # else a ping has begun it
-                headers = dict(SSE_HEADERS) if is_event_stream(content_type) else {}
-                if content_type:
-                    headers["Content-Type"] = content_type
-                headers.update(call_headers(self.request))
-                self.writer.start(self.call.attempt.status, headers.items())
+        headers = SSE_HEADERS if is_event_stream(content_type) else {}
+        self._start({**headers, "Content-Type": content_type} if content_type else headers)
         return b"" if content_type else self.dialect.opening_frames()
 
     def start_buffered(self, events: List[Event]) -> bytes:
         """Begin a response that is not streamed; returns its body."""
-        self._commit()
         content_type = self.call.attempt.content_type
         if content_type is None:
             answer = fold(map(self.dialect.count, events))
             content_type, data = "application/json", to_json(self.dialect.response_body(answer))
         else:
             data = self.dialect.encode(events)
-        headers = {"Content-Type": content_type, **call_headers(self.request)}
-        self.writer.start(self.call.attempt.status, headers.items(), length=len(data))
+        self._start({"Content-Type": content_type}, len(data))
         return data
+
+    def _start(self, headers: Dict[str, str], length: Optional[int] = None) -> None:
+        """End failover; begin the response, unless a ping has begun it."""
+        self.exchange.commit()
+        record, call = self.request.record, self.call
+        record.first_token_at, record.controller = time.monotonic(), self.exchange.upstream.name
+        if call.model != call.requested_model:
+            record.answered_model = call.model
+        with self.writer.lock:
+            if not self.writer.status:
+                headers = {**headers, **call_headers(self.request)}
+                self.writer.start(call.attempt.status, headers.items(), length)
 
     def error_trailer(self, error: APIError) -> bytes:
         """Return the frames that end a response with an error; b"" if its format has none."""
@@ -12118,13 +12103,6 @@ class CallResponder:
         """End the response with its last frames."""
         self.request.record.usage = self.dialect.usage
         self.writer.finish(frames)
-
-    def _commit(self) -> None:
-        self.exchange.commit()
-        record = self.request.record
-        record.first_token_at, record.controller = time.monotonic(), self.exchange.upstream.name
-        if self.call.model != self.call.requested_model:
-            record.answered_model = self.call.model
 
 
 def call_headers(request: Request) -> Dict[str, str]:
@@ -12264,7 +12242,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.dialect = dialect
         request.source = exchange = Exchange(self.server.pool, dialect.call)
         request.record.route = exchange.route  # the list itself, which grows
-        return CallResponder(request, exchange, dialect, self.run).attempt()
+        return CallResponder(self, exchange).attempt()
 
     def parse_call(self, dialect_class: Any) -> Any:
         """Parse the body into a dialect with its call; APIError 400 if it is invalid."""

@@ -9335,7 +9335,7 @@ class LateServer(Server):
     def process_request(self, request, client_address):
         connection = LateConnection(request, client_address, self)
         self.connections.add(connection)
-        connection.set_deadline(20, "")
+        connection.set_deadline(20)
 
 
 def test_the_next_call_can_be_made_as_soon_as_the_last_one_is_answered():
