@@ -2126,10 +2126,7 @@ def parse_field(line: str) -> Tuple[str, str]:
 
 @cached
 def parse_request_line(line: str) -> Tuple[str, str, str, str]:
-    """Parse a request line (RFC 9112, 3).
-
-    Returns the method, the percent-decoded path, the query and the minor version.
-    """
+    """Parse a request line into method, decoded path, query and minor version."""
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
         raise ProtocolError("the request line is malformed")
@@ -10671,10 +10668,7 @@ class AccessRecord:
 
 
 def check_body(server: "Server", size: int, more: int) -> None:
-    """Raise APIError 413 if a body of ``size`` bytes is too large.
-
-    And 503 if all bodies in transit and ``more`` bytes exceed MAX_BODY_TOTAL.
-    """
+    """Raise APIError 413 for too large a body, 503 without room for ``more`` bytes."""
     settings = server.settings
     limit = min(settings.max_body, settings.max_body_total)
     if size > limit:
@@ -10919,10 +10913,7 @@ class Connection:
             self.loop.call_soon_threadsafe(self.flush)
 
     def wait_for_room(self) -> None:
-        """Block while output is above HIGH_WATER. Worker thread.
-
-        Raises ClientDisconnected if the connection is closed.
-        """
+        """Block while output is above HIGH_WATER; ClientDisconnected if closed. Worker."""
         with self.room:
             self.room.wait_for(lambda: len(self.output) < self.HIGH_WATER or self.state is CLOSED)
             if self.state is CLOSED:
@@ -11115,10 +11106,7 @@ class ResponseWriter:
     def start(
         self, status: int, headers: Iterable[Tuple[str, str]], length: Optional[int] = None
     ) -> None:
-        """Begin the response; its body is chunked without a length.
-
-        HTTP/1.0 has no chunks: there the end of the connection ends the body.
-        """
+        """Begin the response; without a length its body is chunked."""
         request = self.request
         if request.body_unread or request.server.draining:
             request.keep_alive = False
@@ -11128,7 +11116,7 @@ class ResponseWriter:
         if length is not None and status not in (204, 304):
             framing = f"Content-Length: {length}\r\n"
         elif length is None and not self.chunked:
-            request.keep_alive = False
+            request.keep_alive = False  # HTTP/1.0: the end of the connection ends the body
         if not request.keep_alive:
             framing += "Connection: close\r\n"
         elif request.head.http_minor == "0":
@@ -11295,10 +11283,8 @@ class StreamRelay:
         elif stream.at_eof:
             self._finish()
         elif stream.started and not self.paused:
-            deadline = self.loop.now + stream.response.timeouts.idle
-            self.scope.deadline = (
-                min(deadline, self.scope.deadline) if stream.complete else deadline
-            )
+            end = self.loop.now + self.idle_timeout
+            self.scope.deadline = min(end, self.scope.deadline) if stream.complete else end
 
     def _choose_fast_path(self) -> None:
         body, decoder = self.stream.response.body, self.stream.decoder
@@ -11825,16 +11811,13 @@ class Gate:
 
 
 def strip_path(head: Head, prefix: str) -> Head:
-    """Return the head with its path below PATH_PREFIX, without a slash at its end.
-
-    APIError 404 if it is outside.
-    """
+    """Return the head with its path below PATH_PREFIX; APIError 404 if outside."""
     path = head.path
     if prefix and not path.startswith(prefix + "/"):
         raise APIError(404, f"There is no {path[:200]!r} here.", code="not_found")
     path = path[len(prefix) :]
     if path.endswith("/") and path[-2:-1] not in ("", "/"):
-        path = path[:-1]
+        path = path[:-1]  # "/v1/models/" is "/v1/models"
     return head if path == head.path else head._replace(path=path)
 
 
@@ -12280,7 +12263,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_response(self, code: int, message: Optional[str] = None) -> None:
         """Begin a response; ``message`` is ignored, the standard phrase is sent."""
-        self.response: Tuple[int, List[Tuple[str, str]]] = (int(code), [])
+        self.response: Tuple[int, List[Tuple[str, str]], Optional[int]] = (int(code), [], None)
 
     send_response_only = send_response
 
@@ -12288,20 +12271,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Add a header; ValueError if it contains CR, LF or NUL (header injection)."""
         if re.search("[\r\n\0]", f"{keyword}{value}"):
             raise ValueError("a header must not contain CR, LF or NUL")
+        status, headers, length = self.response
         if keyword.lower() == "connection":
             self.close_connection = str(value).lower() == "close"
+        elif keyword.lower() == "content-length":
+            self.response = (status, headers, int(value))
         else:
-            self.response[1].append((keyword, str(value)))
+            headers.append((keyword, str(value)))
 
     def end_headers(self) -> None:
         """Begin the body, which is chunked without a Content-Length."""
-        status, fields = self.response
-        lengths = [int(value) for name, value in fields if name.lower() == "content-length"]
-        headers = [field for field in fields if field[0].lower() != "content-length"]
-        no_body = status in (204, 304) or status < 200
-        self.request.writer.start(
-            status, headers, length=lengths[0] if lengths else 0 if no_body else None
-        )
+        status, headers, length = self.response
+        if length is None and (status in (204, 304) or status < 200):
+            length = 0
+        self.request.writer.start(status, headers, length)
 
     @property
     def close_connection(self) -> bool:
@@ -12363,54 +12346,46 @@ class Handler(http.server.BaseHTTPRequestHandler):
         log.info(format, *args)
 
 
-# -- targets of ROUTES
+# -- targets of ROUTES: they send the response, or raise the APIError to send
 
 
 def get_page(handler: Handler) -> None:
-    """Send the chat page."""
     if handler.request.settings.page == "off":
         raise APIError(404, "The page is turned off.", code="not_found")
     handler.request.writer.respond(200, *page())
 
 
 HEALTHY = to_json({"status": "ok", "message": "akashproxy is running"})
+DRAINING = {"status": "draining", "message": "akashproxy is stopping"}
 
 
 def get_health(handler: Handler) -> None:
     """Send 200, or 503 while the server is stopping, for load balancers."""
     if handler.server.draining:
-        handler.send_json(
-            503, {"status": "draining", "message": "akashproxy is stopping"}, {"Retry-After": "5"}
-        )
+        handler.send_json(503, DRAINING, {"Retry-After": "5"})
     else:
         handler.request.writer.respond(200, HEALTHY, {"Content-Type": "application/json"})
 
 
 def get_status(handler: Handler) -> None:
-    """Send the status of controllers and keys."""
     server = handler.server
-    handler.send_json(
-        200,
-        {
-            "status": "draining" if server.draining else "ok",
-            "message": "akashproxy is running",
-            "version": __version__,
-            "uptime_seconds": int(time.monotonic() - server.started_at),
-            "controllers": server.pool.status(),
-            "keys": [key.status() for key in server.keys],
-        },
-    )
+    status = {
+        "status": "draining" if server.draining else "ok",
+        "message": "akashproxy is running",
+        "version": __version__,
+        "uptime_seconds": int(time.monotonic() - server.started_at),
+        "controllers": server.pool.status(),
+        "keys": [key.status() for key in server.keys],
+    }
+    handler.send_json(200, status)
 
 
 def get_metrics(handler: Handler) -> None:
-    """Send the metrics."""
     if handler.request.settings.metrics == "off":
         raise APIError(404, "Metrics are turned off.", code="not_found")
-    handler.request.writer.respond(
-        200,
-        prometheus_text(handler.server.metrics.snapshot()),
-        {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
-    )
+    headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+    data = prometheus_text(handler.server.metrics.snapshot())
+    handler.request.writer.respond(200, data, headers)
 
 
 def allowed_models(handler: Handler) -> Tuple[str, ...]:
@@ -12425,12 +12400,10 @@ def models_of_key(handler: Handler) -> List[Dict[str, Any]]:
 
 
 def get_models(handler: Handler) -> None:
-    """Send the list of models."""
     handler.send_json(200, handler.dialect.model_list(models_of_key(handler)))
 
 
 def get_model(handler: Handler) -> None:
-    """Send one model of the list; APIError 404."""
     requested = handler.request.route.remainder
     models = {model["id"]: model for model in models_of_key(handler)}
     for name in handler.server.pool.resolve_alias(requested):
@@ -12443,7 +12416,6 @@ def get_model(handler: Handler) -> None:
 
 
 def get_response(handler: Handler) -> None:
-    """Raise the APIError 404 of stored responses: none are stored."""
     raise APIError(404, "Responses are not stored here.", code="not_found")
 
 
@@ -12511,10 +12483,7 @@ def local_time(second: int) -> str:
 
 
 class LogFormat(logging.Formatter):
-    """Formats log lines as text or JSON. Any thread.
-
-    Unprintable characters are escaped, so that a client can't forge log lines.
-    """
+    """Formats log lines as text or JSON. Any thread."""
 
     def __init__(self, style: str) -> None:
         super().__init__()
@@ -12522,7 +12491,7 @@ class LogFormat(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         text = shorten(record.getMessage(), 4000)
-        if not text.isprintable():
+        if not text.isprintable():  # a client must not be able to forge log lines
             text = "".join(
                 char if char.isprintable() else char.encode("unicode_escape").decode()
                 for char in text
@@ -12628,7 +12597,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.draining = self.accept_paused = False
         self.accepting_stopped = threading.Event()
         self.started_at = time.monotonic()
-        self.lock = threading.Lock()
         host, port = split_address(self.settings.server_address)
         self.address_family, host = _family(host, port)
         try:
@@ -12694,21 +12662,18 @@ class Server(http.server.ThreadingHTTPServer):
 
     def stop(self, grace: Optional[float] = None) -> None:
         """Stop accepting, and give requests ``grace`` seconds to end."""
-        grace = self.settings.grace if grace is None else grace
-        with self.lock:
-            first, self.draining = not self.draining, True
-        if not self.loop.is_alive():
-            self.stop_accepting()
-        elif first:
+        self.draining = True
+        if self.loop.is_alive():
             self.loop.call_soon_threadsafe(self.stop_accepting)
+        else:
+            self.stop_accepting()
         # Also in a second stop(). Otherwise: the first one schedules stop_accepting(); the second
         # one finds no connection and ends the loop; clients in the backlog are never accepted.
         self.accepting_stopped.wait()
-        if not self.idle(grace):
-            self.loop.call_soon_threadsafe(functools.partial(self._for_each, Connection.stop))
+        if not self.idle(self.settings.grace if grace is None else grace):
+            self._for_each(Connection.stop)
             if not self.idle(1.0):
-                disconnect_all = functools.partial(self._for_each, Connection.disconnect)
-                self.loop.call_soon_threadsafe(disconnect_all)
+                self._for_each(Connection.disconnect)
                 self.idle(1.0)
         self.workers.stop()
         self.loop.stop()
@@ -12740,8 +12705,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.stop()
 
     def _for_each(self, action: Callable[[Connection], None]) -> None:
+        """Call a method of each connection, on the loop thread."""
         for connection in self.connections.copy():
-            action(connection)
+            self.loop.call_soon_threadsafe(functools.partial(action, connection))
 
     # -- callbacks
 
@@ -12772,7 +12738,7 @@ class Server(http.server.ThreadingHTTPServer):
     def stop_accepting(self) -> None:
         """Accept the kernel's backlog, then close the listening socket. Loop thread.
 
-        Closing it with a backlog would reset those connections.
+        Closing it with a backlog would reset those connections. Idempotent.
         """
         self.loop.remove(self.socket)
         with contextlib.suppress(OSError):
