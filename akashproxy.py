@@ -93,13 +93,13 @@ Where is ...
     deadlines                          CancelScope, Connection.on_tick
     cancelling                         Cancellation
     request bodies                     BodyReader, check_body
-    the gate                           Gate.check_head
+    the gate                           check_head, check_page
     figures for Prometheus             METRICS, Metrics, prometheus_text
     a client's connection              Connection
     the log                            log_access, LogFormat, LogWriter
     a new endpoint                     ROUTES
     a new kind of upstream             CONTROLLERS
-    tokens of clients                  Gate.authorize
+    tokens of clients                  authorize
     keys of several people             ClientKeySettings, KeyLimiter
     reloading                          Server.reload
     the stand-in of --demo             DemoAkash
@@ -107,7 +107,7 @@ Where is ...
 
 To audit what becomes of your keys, read four sections: *settings* reads them, *transport* sends
 them, to the controller's own base_url only, *failures* hides them (redact) in all that upstreams
-say, and *server* compares the tokens of clients (Gate.authorize). Nothing is written to disk.
+say, and *server* compares the tokens of clients (authorize). Nothing is written to disk.
 
 Licence (MIT)
 -------------
@@ -10615,7 +10615,7 @@ class Request:
     body = b""
     body_unread = False  # the body, or where the next request starts, is not known
     keep_alive = False
-    error: Optional[Exception] = None  # the reason to reject it
+    error: Optional[APIError] = None  # the reason to reject it
     key: Optional["KeyLimiter"] = None  # None: no token, or one of BEARER_TOKEN
     counted = False  # holds a slot of the key
     reader: Optional["BodyReader"] = None  # while the body is being read
@@ -10788,7 +10788,7 @@ class Connection:
         request.parse_head(head)
         decoder = BodyDecoder(request.head.headers)
         request.body_unread = not decoder.done
-        self.server.gate.check_head(request, decoder)
+        check_head(request, decoder)
         if len(self.input) >= decoder.remaining > 0:  # the body came with its head
             request.body, request.body_unread = bytes(self.input[: decoder.remaining]), False
             del self.input[: decoder.remaining]
@@ -10823,16 +10823,18 @@ class Connection:
             self.server.body_bytes -= len(request.reader.data)
             request.reader = None
 
-    def _dispatch(self, error: Optional[Exception] = None) -> None:
+    def _dispatch(self, error: Union[None, ProtocolError, APIError] = None) -> None:
         """Hand the request to a worker, with the reason if it is rejected."""
         request = self.request = self.request or Request(self)
         if error is not None:
             if isinstance(error, ProtocolError) or not request.head.headers:
                 request.body_unread = True  # the start of a next request can't be determined
+            if isinstance(error, ProtocolError):
+                error = APIError(error.status, f"Bad request: {error}.")
             self._discard_body(request)
         request.error = error
         self.state, self.deadline = RESPONDING, math.inf
-        if error is None and self.server.gate.is_health_check(request):
+        if error is None and is_health_check(request):
             request.writer.send = self.send
             self.server.serve_request(request)
         else:
@@ -11707,107 +11709,100 @@ def server_date_headers(second: int) -> str:
 _AUTHORITY = re.compile(r"[a-z0-9._:\[\]-]+")
 
 
-class Gate:
-    """Decides by a request's head whether it is served. Loop thread.
+@functools.lru_cache(maxsize=None)
+def own_methods(handler: Any) -> List[str]:
+    """Return the methods that a handler subclass handles, on paths of its own."""
+    names = [name for name in dir(handler) if name.startswith("do_")]
+    own = [name for name in names if getattr(handler, name) is not getattr(Handler, name, None)]
+    return [name[len("do_") :] for name in own]
 
-    check_head() runs before a byte of the body is buffered. It sets the request's route and key,
-    and raises the APIError of a rejected request.
+
+def check_head(request: Request, decoder: BodyDecoder) -> None:
+    """Set the request's route and key; APIError if it is rejected. Loop thread.
+
+    Checks path, origin, token, method and declared size before a byte of the body is buffered.
     """
+    settings, server = request.settings, request.server
+    request.head = head = strip_path(request.head, settings.path_prefix)
+    request.route = route = find_route(head.method, head.path)
+    check_page(request)  # after the route, which decides on the form of its error
+    if head.method == "OPTIONS":  # a preflight carries no token
+        return
+    public_metrics = head.path == "/metrics" and settings.metrics == "public"
+    if settings.needs_token and head.path not in PUBLIC_PATHS and not public_metrics:
+        authorize(request)
+    if head.method in own_methods(server.RequestHandlerClass):
+        return
+    if not route.targets:
+        raise APIError(404, f"There is no {head.path[:200]!r} here.", code="not_found")
+    if route.target(head.method) is None:
+        raise APIError(405, f"{head.method} is not allowed here.", code="method_not_allowed")
+    if head.method in BODILESS_METHODS:
+        return
+    # The declared size does not count yet: otherwise clients that declare much and send nothing
+    # would lock out all others.
+    size = decoder.remaining
+    check_body(server, size, size if size > len(request.connection.input) else 0)
+    expect = head.headers.get("expect", "100-continue")
+    if request.body_unread and head.http_minor == "1" and expect.lower() != "100-continue":
+        raise APIError(417, "Only 'Expect: 100-continue' is supported.")
 
-    def __init__(self, server: "Server") -> None:
-        self.server = server
-        handler = server.RequestHandlerClass
-        # Methods that a handler subclass handles, on paths of its own.
-        self.overridden = {
-            name[len("do_") :]
-            for name in dir(handler)
-            if name.startswith("do_") and getattr(handler, name) is not getattr(Handler, name, None)
-        }
-        self.library_only = handler is Handler and type(server) is Server
 
-    def check_head(self, request: Request, decoder: BodyDecoder) -> None:
-        """Check origin, token, route, method and declared size."""
-        settings = request.settings
-        request.head = head = strip_path(request.head, settings.path_prefix)
-        request.route = route = find_route(head.method, head.path)
-        self.check_page(request)  # after the route, which decides on the form of its error
-        if head.method == "OPTIONS":  # a preflight carries no token
-            return
-        public_metrics = head.path == "/metrics" and settings.metrics == "public"
-        if settings.needs_token and head.path not in PUBLIC_PATHS and not public_metrics:
-            self.authorize(request)
-        if head.method in self.overridden:
-            return
-        if not route.targets:
-            raise APIError(404, f"There is no {head.path[:200]!r} here.", code="not_found")
-        if route.target(head.method) is None:
-            raise APIError(405, f"{head.method} is not allowed here.", code="method_not_allowed")
-        if head.method not in BODILESS_METHODS:
-            self._check_body(request, decoder)
+def is_health_check(request: Request) -> bool:
+    """Return whether the loop may handle the request: /health, unless overridden.
 
-    def _check_body(self, request: Request, decoder: BodyDecoder) -> None:
-        """Check the declared size and Expect; APIError 413, 417 or 503.
+    It never blocks, takes a third of the CPU time there, and works if no thread can be started.
+    """
+    server, is_health = request.server, request.route.targets.get("GET") is get_health
+    return is_health and type(server) is Server and server.RequestHandlerClass is Handler
 
-        The size does not count yet, or clients that send nothing of it would lock out all others.
-        """
-        head, size = request.head, decoder.remaining
-        check_body(self.server, size, size if size > len(request.connection.input) else 0)
-        expect = head.headers.get("expect", "100-continue")
-        if request.body_unread and head.http_minor == "1" and expect.lower() != "100-continue":
-            raise APIError(417, "Only 'Expect: 100-continue' is supported.")
 
-    def is_health_check(self, request: Request) -> bool:
-        """Return whether the loop may handle the request: /health, unless overridden.
+def check_page(request: Request) -> None:
+    """Reject browser requests from foreign pages; APIError 403.
 
-        It never blocks, takes a third of the CPU time there, and works if no thread can be started.
-        """
-        return self.library_only and request.route.targets.get("GET") is get_health
+    Any page can send requests from its visitor's browser. Without a token, only Origin and Host
+    distinguish them from requests of other clients; a token is sufficient proof.
+    """
+    settings, headers = request.settings, request.head.headers
+    host, origin = headers.get("host", ""), headers.get("origin")
+    if origin and not origin_allowed(origin, host, settings):
+        message = (
+            f"Pages from the origin {origin[:200]!r} may not use this server. "
+            "Allowed origins are listed in CORS_ORIGINS."
+        )
+        raise APIError(403, message, code="origin_not_allowed", retry=False)
+    is_open = request.server.is_loopback and not settings.needs_token
+    if is_open and not host_allowed(host, settings):
+        message = (
+            f"The host name {host[:200]!r} is not allowed. "
+            "Set PUBLIC_URL to allow it, or BEARER_TOKEN to allow any."
+        )
+        raise APIError(403, message, code="host_not_allowed", retry=False)
 
-    def check_page(self, request: Request) -> None:
-        """Reject browser requests from foreign pages; APIError 403.
 
-        Any page can send requests from its visitor's browser. Without a token, only Origin and Host
-        distinguish them from requests of other clients; a token is sufficient proof.
-        """
-        settings, headers = request.settings, request.head.headers
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if origin and not origin_allowed(origin, host, settings):
-            message = (
-                f"Pages from the origin {origin[:200]!r} may not use this server. "
-                "Allowed origins are listed in CORS_ORIGINS."
-            )
-            raise APIError(403, message, code="origin_not_allowed", retry=False)
-        is_open = self.server.is_loopback and not settings.needs_token
-        if is_open and not host_allowed(host, settings):
-            message = (
-                f"The host name {host[:200]!r} is not allowed. "
-                "Set PUBLIC_URL to allow it, or BEARER_TOKEN to allow any."
-            )
-            raise APIError(403, message, code="host_not_allowed", retry=False)
+def authorize(request: Request) -> None:
+    """Check the token, and set the request's key; APIError 401."""
+    # Imported here: it loads OpenSSL's hashes, which a server without tokens does not need.
+    from hmac import compare_digest
 
-    def authorize(self, request: Request) -> None:
-        """Check the token, and set the request's key; APIError 401."""
-        # Imported here: it loads OpenSSL's hashes, which a server without tokens does not need.
-        from hmac import compare_digest
-
-        headers = request.head.headers
-        scheme, *bearer = headers.get("authorization", "").split(None, 1) or [""]
-        tokens = [headers.get("x-api-key"), headers.get("api-key")]
-        tokens += bearer if scheme.lower() == "bearer" else []
-        sent = [token.encode("utf-8", "replace") for token in tokens if token]
-        known: List[Tuple[str, Any]] = [(key.options.key, key) for key in self.server.keys]
-        known += [(token, None) for token in request.settings.bearer_token]
-        # Any accepted token is sufficient. All are compared, and in constant time, so that the
-        # response time reveals nothing about them.
-        accepted = [
-            key for token, key in known for data in sent if compare_digest(data, token.encode())
-        ]
-        if not sent:
-            raise APIError(401, "A token is needed: send it as 'Authorization: Bearer TOKEN'.")
-        if not accepted:
-            message = "Incorrect API key provided: this server does not know the token."
-            raise APIError(401, message)
-        request.key = next(filter(None, accepted), None)
+    headers = request.head.headers
+    scheme, *bearer = headers.get("authorization", "").split(None, 1) or [""]
+    tokens = [headers.get("x-api-key"), headers.get("api-key")]
+    tokens += bearer if scheme.lower() == "bearer" else []
+    sent = [token.encode("utf-8", "replace") for token in tokens if token]
+    known: List[Tuple[str, Any]] = [(key.options.key, key) for key in request.server.keys]
+    known += [(token, None) for token in request.settings.bearer_token]
+    # Any accepted token is sufficient. All are compared, and in constant time, so that the
+    # response time reveals nothing about them.
+    accepted = [
+        key for token, key in known for data in sent if compare_digest(data, token.encode())
+    ]
+    if not sent:
+        raise APIError(401, "A token is needed: send it as 'Authorization: Bearer TOKEN'.")
+    if not accepted:
+        message = "Incorrect API key provided: this server does not know the token."
+        raise APIError(401, message)
+    request.key = next(filter(None, accepted), None)
 
 
 def strip_path(head: Head, prefix: str) -> Head:
@@ -11821,9 +11816,9 @@ def strip_path(head: Head, prefix: str) -> Head:
     return head if path == head.path else head._replace(path=path)
 
 
-# -- reverse proxies. Their headers are used for links and the log, but never by Gate: a page that
-# rebinds its domain to 127.0.0.1 may send any header, and comes from a trusted address. To foreign
-# pages the headers are of no use: they cannot send them without a preflight, which Gate rejects.
+# -- reverse proxies. Their headers are used for links and the log, but never by the gate: a page
+# that rebinds its domain to 127.0.0.1 may send any header, and comes from a trusted address. To
+# foreign pages the headers are of no use: they need a preflight for them, which the gate rejects.
 
 _FORWARDED = {
     "proto": re.compile("https?"),
@@ -12184,10 +12179,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.dialect = target
         elif "anthropic-version" in headers:
             self.dialect = Messages
-        error = request.error
-        if error is not None:
-            is_malformed = isinstance(error, ProtocolError)
-            raise APIError(error.status, f"Bad request: {error}.") if is_malformed else error
+        if request.error is not None:
+            raise request.error
         return True
 
     def do_GET(self) -> Any:
@@ -12263,7 +12256,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_response(self, code: int, message: Optional[str] = None) -> None:
         """Begin a response; ``message`` is ignored, the standard phrase is sent."""
-        self.response: Tuple[int, List[Tuple[str, str]], Optional[int]] = (int(code), [], None)
+        self.response: Dict[str, Any] = {"status": int(code), "headers": []}
 
     send_response_only = send_response
 
@@ -12271,20 +12264,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Add a header; ValueError if it contains CR, LF or NUL (header injection)."""
         if re.search("[\r\n\0]", f"{keyword}{value}"):
             raise ValueError("a header must not contain CR, LF or NUL")
-        status, headers, length = self.response
         if keyword.lower() == "connection":
             self.close_connection = str(value).lower() == "close"
         elif keyword.lower() == "content-length":
-            self.response = (status, headers, int(value))
+            self.response["length"] = int(value)
         else:
-            headers.append((keyword, str(value)))
+            self.response["headers"].append((keyword, str(value)))
 
     def end_headers(self) -> None:
         """Begin the body, which is chunked without a Content-Length."""
-        status, headers, length = self.response
-        if length is None and (status in (204, 304) or status < 200):
-            length = 0
-        self.request.writer.start(status, headers, length)
+        status = self.response["status"]
+        if status in (204, 304) or status < 200:
+            self.response.setdefault("length", 0)
+        self.request.writer.start(**self.response)
 
     @property
     def close_connection(self) -> bool:
@@ -12605,7 +12597,6 @@ class Server(http.server.ThreadingHTTPServer):
             raise ConfigError(
                 [f"cannot listen on {self.settings.server_address}: {error.strerror or error}"]
             ) from None
-        self.gate = Gate(self)
 
     @property
     def url(self) -> str:
