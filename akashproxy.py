@@ -92,7 +92,7 @@ Where is ...
     proxies on the way                 UpstreamRequest, SocksProxy
     deadlines                          CancelScope, Connection.on_tick
     cancelling                         Cancellation
-    request bodies                     BodyReader, check_body
+    request bodies                     BodyDecoder, check_body
     the gate                           check_head, check_page
     figures for Prometheus             METRICS, Metrics, prometheus_text
     a client's connection              Connection
@@ -10612,13 +10612,13 @@ class Request:
 
     head = Head()
     route = Route()
-    body = b""
+    body: Union[bytes, bytearray] = b""
     body_unread = False  # the body, or where the next request starts, is not known
     keep_alive = False
     error: Optional[APIError] = None  # the reason to reject it
     key: Optional["KeyLimiter"] = None  # None: no token, or one of BEARER_TOKEN
     counted = False  # holds a slot of the key
-    reader: Optional["BodyReader"] = None  # while the body is being read
+    decoder: Optional[BodyDecoder] = None  # while the body is being read
     call: Optional[Call] = None  # set for model calls and images
     source: Any = None  # Exchange or UpstreamResponse, closed when the response is complete
     relay: Optional["StreamRelay"] = None  # while the loop relays an upstream's response
@@ -10678,30 +10678,6 @@ def check_body(server: "Server", size: int, more: int) -> None:
         raise APIError(503, message, code="overloaded", retry_after=1)
 
 
-class BodyReader:
-    """Collects a request body within limits of size, memory and rate. Loop thread.
-
-    Each received byte extends the deadline by 1 / MIN_UPLOAD_RATE seconds, to at most BODY_TIMEOUT
-    from now: otherwise a client could send a burst, then stall for as long as the burst has earned.
-    """
-
-    MIN_UPLOAD_RATE = 4000  # bytes per second
-
-    def __init__(self, server: "Server", decoder: BodyDecoder, now: float) -> None:
-        self.server, self.decoder, self.data = server, decoder, bytearray()
-        self.deadline = now + server.settings.body_timeout
-
-    def feed(self, data: bytes, now: float) -> None:
-        """Decode received bytes; APIError 413 or 503 above a limit."""
-        server, payload = self.server, self.decoder.feed(data)
-        size = len(self.data) + len(payload) + self.decoder.remaining  # as far as it is known
-        check_body(server, size, len(payload))
-        server.body_bytes += len(payload)
-        self.data += payload
-        earned = self.deadline + len(data) / self.MIN_UPLOAD_RATE
-        self.deadline = min(earned, now + server.settings.body_timeout)
-
-
 class Connection:
     """A client socket with its buffers, deadline and state. Loop thread, unless noted.
 
@@ -10709,6 +10685,7 @@ class Connection:
     """
 
     HIGH_WATER = 1 << 18  # bytes of output above which wait_for_room() blocks
+    MIN_UPLOAD_RATE = 4000  # bytes per second of a request's body
     LINGER_SECONDS = 2.0
     LINGER_BYTES = 4 << 20
 
@@ -10793,35 +10770,44 @@ class Connection:
             request.body, request.body_unread = bytes(self.input[: decoder.remaining]), False
             del self.input[: decoder.remaining]
         elif request.body_unread:
-            request.reader = BodyReader(self.server, decoder, self.loop.now)
+            request.decoder, request.body = decoder, bytearray()
             if request.head.headers.get("expect") and not self.input:
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.deadline = math.inf
+        self.set_deadline(self.server.settings.body_timeout)
         return request
 
     def _read_body(self, request: Request) -> bool:
         """Read the body; True if it is complete or need not be read."""
-        reader = request.reader
-        if reader is None:
+        decoder, server = request.decoder, self.server
+        if decoder is None:
             return True
         if self.input:
             data, self.input = bytes(self.input), bytearray()
-            reader.feed(data, self.loop.now)
-        if reader.decoder.done:
-            self.input += reader.decoder.trailing_data
-            request.body, request.body_unread = bytes(reader.data), False
+            payload = decoder.feed(data)
+            size = len(request.body) + len(payload) + decoder.remaining  # as far as it is known
+            check_body(server, size, len(payload))
+            server.body_bytes += len(payload)
+            request.body += payload
+            # At most BODY_TIMEOUT from now: otherwise a client could send a burst, then stall for
+            # as long as the burst has earned.
+            earned = self.deadline + len(data) / self.MIN_UPLOAD_RATE
+            self.deadline = min(earned, self.loop.now + server.settings.body_timeout)
+        if decoder.done:
+            self.input += decoder.trailing_data
+            body, request.body_unread = bytes(request.body), False
             self._discard_body(request)
+            request.body = body
         elif request.head.method in BODILESS_METHODS:
             self._discard_body(request)  # not needed: the response closes the connection
-        elif self.state is not CLOSED:  # the client may have disconnected before 100 Continue
-            self.state, self.deadline = READING, reader.deadline
-        return request.reader is None
+        elif self.state is IDLE:  # else the client may have disconnected before 100 Continue
+            self.state = READING
+        return request.decoder is None
 
     def _discard_body(self, request: Request) -> None:
-        """Drop what has been received of a body, or has been copied from there."""
-        if request.reader is not None:
-            self.server.body_bytes -= len(request.reader.data)
-            request.reader = None
+        """Drop what has been received of a body."""
+        if request.decoder is not None:
+            self.server.body_bytes -= len(request.body)
+            request.decoder, request.body = None, b""
 
     def _dispatch(self, error: Union[None, ProtocolError, APIError] = None) -> None:
         """Hand the request to a worker, with the reason if it is rejected."""
@@ -10937,7 +10923,8 @@ class Connection:
         if self.output:
             self._start_write_timeout()
             return False
-        self.deadline = math.inf
+        if self.state is RESPONDING:  # else the deadline is that of reading
+            self.deadline = math.inf
         if self.events != READABLE:
             self._update_events()
         if self.on_drained is not None:
@@ -11285,7 +11272,7 @@ class StreamRelay:
         elif stream.at_eof:
             self._finish()
         elif stream.started and not self.paused:
-            end = self.loop.now + self.idle_timeout
+            end = self.loop.now + stream.response.timeouts.idle  # less once it is complete
             self.scope.deadline = min(end, self.scope.deadline) if stream.complete else end
 
     def _choose_fast_path(self) -> None:
