@@ -2060,7 +2060,6 @@ _HOST = re.compile(r"[A-Za-z0-9.:_\[\]~%!$&'()*+;=-]*")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[\t ]*(?:;[\t -~\x80-\xff]*)?")
-_HEX = re.compile(rb"[0-9A-Fa-f]{1,15}")
 _TOKEN_BYTES = frozenset(
     b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 )
@@ -2153,10 +2152,11 @@ def parse_status_line(line: str) -> Tuple[str, int]:
 
 
 class ChunkSizes(Dict[bytes, int]):
-    """Cache of chunk sizes by chunk-size line; -1 if that is not a plain number."""
+    """Cache of chunk sizes by chunk-size line; -1 if that is malformed."""
 
     def __missing__(self, line: bytes) -> int:
-        size = int(line, 16) if _HEX.fullmatch(line) else -1
+        match = _CHUNK_SIZE.fullmatch(line)
+        size = int(match[1], 16) if match else -1
         if len(self) < 4096 and len(line) < 16:
             self[line] = size
         return size
@@ -2168,8 +2168,8 @@ CHUNK_SIZES = ChunkSizes()
 def split_plain_chunks(data: bytes) -> Tuple[List[bytes], List[bytes]]:
     """Split chunked data at its line breaks, all at once.
 
-    Returns the payloads of complete chunks and the lines that follow; no payloads if a chunk has an
-    extension or contains a line break.
+    Returns the payloads of complete chunks and the lines that follow; no payloads if a chunk
+    contains a line break.
     """
     lines = data.rsplit(b"\r\n")  # in half the time of split()
     chunks = lines[1:-1:2]
@@ -2297,11 +2297,10 @@ class BodyDecoder:
 
     def _handle_framing_line(self, line: bytes) -> None:
         if self.state == "size":
-            match = _CHUNK_SIZE.fullmatch(line)
-            if not match:
+            size = CHUNK_SIZES[line]
+            if size < 0:
                 raise ProtocolError("a chunk's size is malformed")
-            self.remaining = int(match[1], 16)
-            self.state = "size" if self.remaining else "trailer"
+            self.remaining, self.state = size, "size" if size else "trailer"
         elif self.state == "end":
             if line:
                 raise ProtocolError("a chunk is longer than its size")
@@ -10449,17 +10448,13 @@ class EventLoop(threading.Thread):
 
     TICK = 0.25  # seconds between two calls of on_tick
 
-    def __init__(
-        self, on_tick: Callable[[float], None], selector: Optional[selectors.BaseSelector] = None
-    ) -> None:
+    def __init__(self, on_tick: Callable[[float], None], selector: Any = None) -> None:
         super().__init__(name="akashproxy loop", daemon=True)
         self.on_tick = on_tick
-        # epoll itself: through a selector a relayed token takes 4 % more CPU time.
-        self.poller: Any = (
-            select.epoll()
-            if selector is None and hasattr(select, "epoll")
-            else SelectorPoller(selector or selectors.DefaultSelector())
-        )
+        if selector is None and hasattr(select, "epoll"):
+            self.poller: Any = select.epoll()  # 4 % less CPU time per token than its selector
+        else:
+            self.poller = SelectorPoller(selector or selectors.DefaultSelector())
         # By descriptor: the callback, and the one to call if it raises an exception.
         self.registrations: Dict[int, Tuple[Callback, Callback]] = {}
         self.scheduled: Deque[Callback] = collections.deque()
@@ -10473,9 +10468,11 @@ class EventLoop(threading.Thread):
 
     def add(self, sock: Any, callback: Callback, abort: Callback, events: int = READABLE) -> None:
         """Register a socket or change its events; OSError if select() has no room for it."""
-        descriptor, poller = sock.fileno(), self.poller
-        change = poller.modify if descriptor in self.registrations else poller.register
-        change(descriptor, events)
+        descriptor = sock.fileno()
+        try:
+            self.poller.register(descriptor, events)
+        except (FileExistsError, KeyError):
+            self.poller.modify(descriptor, events)
         self.registrations[descriptor] = callback, abort
 
     def remove(self, sock: Any) -> None:
@@ -10605,10 +10602,7 @@ class Route(NamedTuple):
 
 
 class Request:
-    """Request of a client, with its response.
-
-    Loop thread while it is read, and while its response is relayed; in between its worker thread.
-    """
+    """Request of a client. Loop thread while read or relayed, else its worker thread."""
 
     head = Head()
     route = Route()
@@ -10888,16 +10882,13 @@ class Connection:
         return False
 
     def enqueue(self, data: bytes, last: bool = False) -> None:
-        """Buffer output for the loop; ClientDisconnected if closed. Any thread.
-
-        With ``last``, end_request() sends it: flush() would be a second callback for the loop.
-        """
+        """Buffer output for the loop; ClientDisconnected if closed. Any thread."""
         with self.room:
             if self.state is CLOSED:
                 raise ClientDisconnected("the client disconnected")
             first = not self.output
             self.output += data
-        if first and not last:
+        if first and not last:  # end_request() sends the last: one callback less for the loop
             self.loop.call_soon_threadsafe(self.flush)
 
     def wait_for_room(self) -> None:
@@ -11014,9 +11005,10 @@ class Connection:
         """Close the socket. A worker's request is logged when the worker ends it."""
         if self.state is CLOSED:
             return
-        was_reading = self.state in (IDLE, READING)
         if self.request is not None:
             self._discard_body(self.request)
+        if self.state is not RESPONDING:
+            self.request = None
         with self.room:
             self.state = CLOSED
             self.output.clear()
@@ -11024,8 +11016,6 @@ class Connection:
         self.deadline, self.on_drained = math.inf, None
         self.loop.remove(self.sock)
         self.server.shutdown_request(self.sock)
-        if was_reading:
-            self.request = None
         if self.request is None:
             self.server.on_connection_closed(self)
 
@@ -11070,6 +11060,9 @@ class Connection:
 # Writes responses to clients. Knows no upstreams' formats.
 
 
+Headers = Iterable[Tuple[str, str]]
+
+
 class ResponseWriter:
     """Writes one response: status line, headers, framing.
 
@@ -11092,9 +11085,7 @@ class ResponseWriter:
         self.send: Callable[..., Any] = self.connection.enqueue
         self.last_write = request.started_at
 
-    def start(
-        self, status: int, headers: Iterable[Tuple[str, str]], length: Optional[int] = None
-    ) -> None:
+    def start(self, status: int, headers: Headers, length: Optional[int] = None) -> None:
         """Begin the response; without a length its body is chunked."""
         request = self.request
         if request.body_unread or request.server.draining:
@@ -11787,8 +11778,7 @@ def authorize(request: Request) -> None:
     if not sent:
         raise APIError(401, "A token is needed: send it as 'Authorization: Bearer TOKEN'.")
     if not accepted:
-        message = "Incorrect API key provided: this server does not know the token."
-        raise APIError(401, message)
+        raise APIError(401, "Incorrect API key provided: this server does not know the token.")
     request.key = next(filter(None, accepted), None)
 
 
@@ -11859,8 +11849,8 @@ def own_url(request: Request) -> str:
     if host and not settings.public_url:
         prefix = forwarded(request, "prefix").rstrip("/")
         url = f"{forwarded(request, 'proto') or 'http'}://{host}{prefix}"
-    complete = urllib.parse.urlsplit(url).path.endswith(settings.path_prefix)
-    return url if complete else url + settings.path_prefix
+    has_prefix = urllib.parse.urlsplit(url).path.endswith(settings.path_prefix)
+    return url if has_prefix else url + settings.path_prefix
 
 
 def acquire_key(request: Request, key: KeyLimiter, call: Call) -> None:
@@ -11974,11 +11964,10 @@ class CallResponder:
             self.writer.ping_frame = self.dialect.ping_frame
 
     def attempt(self, error: Optional[APIError] = None) -> bool:
-        """Try controllers until one responds. Worker thread.
+        """Try controllers, after ``error`` the next ones, until one responds. Worker.
 
-        ``error`` is the one of a controller that failed before its first event. Returns True if the
-        response goes on elsewhere (relayed by the loop, or the call is queued), False if it is
-        complete; raises APIError if no controller responds.
+        Returns True if the response goes on elsewhere (relayed by the loop, or the call is queued),
+        False if it is complete; raises APIError if no controller responds.
         """
         exchange = self.exchange
         if error is not None:
@@ -12588,7 +12577,7 @@ class Server(http.server.ThreadingHTTPServer):
     @property
     def url(self) -> str:
         """The base URL for clients on this machine."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(self.server_name, self.server_name)
+        host = "127.0.0.1" if self.server_name in ("0.0.0.0", "::") else self.server_name
         return f"http://{join_address(host, self.server_port)}{self.settings.path_prefix}"
 
     # -- methods of http.server
@@ -12774,11 +12763,9 @@ class Server(http.server.ThreadingHTTPServer):
 def key_limiters(settings: Settings, previous: List[KeyLimiter]) -> List[KeyLimiter]:
     """Return the limiters of all keys; a key that keeps its name keeps its counts."""
     by_name = {key.name: key for key in previous}
-    keys = []
-    for options in settings.keys:
-        key = by_name.get(options.name) or KeyLimiter(options)
+    keys = [by_name.get(options.name) or KeyLimiter(options) for options in settings.keys]
+    for key, options in zip(keys, settings.keys):
         key.options = options
-        keys.append(key)
     return keys
 
 
