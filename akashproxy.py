@@ -2060,18 +2060,13 @@ _HOST = re.compile(r"[A-Za-z0-9.:_\[\]~%!$&'()*+;=-]*")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[\t ]*(?:;[\t -~\x80-\xff]*)?")
-_TOKEN_BYTES = frozenset(
-    b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-)
 
 
-def find_head_end(
-    buffer: Union[bytes, bytearray], scan_from: int = 0, first: Iterable[int] = _TOKEN_BYTES
-) -> int:
+def find_head_end(buffer: Union[bytes, bytearray], scan_from: int = 0) -> int:
     """Index of the blank line that ends a head; -1 if the head is incomplete.
 
-    ProtocolError as soon as the buffer cannot become a valid head: ``first`` holds the bytes that
-    may begin it, and everything before ``scan_from`` has been scanned by an earlier call.
+    ProtocolError as soon as the buffer cannot become a valid head. Everything before ``scan_from``
+    has been scanned by an earlier call.
     """
     end = buffer.find(b"\r\n\r\n", scan_from)
     if (len(buffer) if end < 0 else end) > MAX_HEAD_BYTES:
@@ -2079,7 +2074,8 @@ def find_head_end(
     if end >= 0 or not buffer or buffer == b"\r":
         return end
     is_foreign = b"HTTP/" not in buffer and buffer.find(b"\r\n", scan_from) >= 0
-    if is_foreign or buffer[0] not in first or _BARE_BREAK.search(buffer, scan_from):
+    is_text = 32 < buffer[0] < 127
+    if is_foreign or not is_text or _BARE_BREAK.search(buffer, scan_from):
         raise ProtocolError("this is not HTTP/1.1")
     return end
 
@@ -2806,7 +2802,7 @@ class UpstreamResponse:
             self.head_buffer += data
             buffer = self.head_buffer
         while not self.status:
-            end = find_head_end(buffer, scan_from, b"H")
+            end = find_head_end(buffer, scan_from)
             if end < 0:
                 if buffer is not self.head_buffer:
                     self.head_buffer = bytearray(buffer)
@@ -10953,7 +10949,7 @@ class Connection:
         self.server.on_request_end(request)
         del request.writer  # breaks a reference cycle: its memory is free at once
         if self.state is CLOSED:
-            self.server.on_connection_closed(self)
+            self.server.connections.discard(self)
         elif self.state is LINGERING:
             return
         elif request.body_unread or self.pipelined and not request.keep_alive:
@@ -11017,7 +11013,7 @@ class Connection:
         self.loop.remove(self.sock)
         self.server.shutdown_request(self.sock)
         if self.request is None:
-            self.server.on_connection_closed(self)
+            self.server.connections.discard(self)
 
     # -- time
 
@@ -11829,15 +11825,12 @@ def client_address(request: Request) -> str:
     forwarded_for = request.head.headers.get("x-forwarded-for")
     if not forwarded_for:
         return address
-    hops = forwarded_for.rsplit(",", 20)[-20:]
-    for hop in reversed([hop.strip() for hop in hops if hop]):
-        try:
-            if not is_trusted(address, request.settings.trusted_proxies):
-                break
+    hops = [hop.strip() for hop in forwarded_for.rsplit(",", 20)[-20:] if hop.strip()]
+    with contextlib.suppress(ValueError):  # a hop that is not an IP address
+        while hops and is_trusted(address, request.settings.trusted_proxies):
+            hop = hops.pop()
             host = hop if hop.count(":") > 1 and hop[:1] != "[" else host_of(hop).strip("[]")
             address = str(ipaddress.ip_address(host))
-        except ValueError:
-            break
     return address
 
 
@@ -11991,8 +11984,8 @@ class CallResponder:
 
     def resume(self, error: Optional[APIError] = None) -> None:
         """Continue on a worker, after the queue or an early error. Loop thread."""
-        step = functools.partial(self.attempt, error)
-        self.request.connection.submit(self.request, functools.partial(self.run, step))
+        task = functools.partial(self.run, self.attempt, error)
+        self.request.connection.submit(self.request, task)
 
     def start_stream(self) -> bytes:
         """Begin a streamed response; returns its opening frames."""
@@ -12118,11 +12111,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers[name] = value
         return headers
 
-    def run(self, step: Callable[[], Any]) -> None:
+    def run(self, step: Callable[..., Any], *args: Any) -> None:
         """Run a step and send the error it raises; end the request unless it returns True."""
         continues = False
         try:
-            continues = bool(step())
+            continues = bool(step(*args))
         except APIError as error:
             self.send_api_error(error)
         except ClientDisconnected:
@@ -12295,8 +12288,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_parts(self, parts: Iterator[bytes]) -> bool:
         """Send parts of the body; True if it goes on once the client has read them."""
         writer, connection = self.request.writer, self.connection
-        step = functools.partial(self.run, functools.partial(self.send_parts, parts))
-        resume = functools.partial(connection.submit, self.request, step)
+        task = functools.partial(self.run, self.send_parts, parts)
+        resume = functools.partial(connection.submit, self.request, task)
         try:
             for data in parts:
                 writer.write(data)
@@ -12561,7 +12554,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.keys = key_limiters(self.settings, [])
         self.body_bytes = 0  # of all request bodies in transit; loop thread
         self.connections: Set[Connection] = set()  # changed on the loop thread only
-        self.all_closed = threading.Condition()  # notified while draining, once per connection
         self.draining = self.accept_paused = False
         self.accepting_stopped = threading.Event()
         self.started_at = time.monotonic()
@@ -12648,8 +12640,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def idle(self, seconds: float) -> bool:
         """Wait until no client is connected; False after so many seconds."""
-        with self.all_closed:
-            return self.all_closed.wait_for(lambda: not self.connections, seconds)
+        end = time.monotonic() + seconds
+        while self.connections and time.monotonic() < end:
+            time.sleep(0.01)
+        return not self.connections
 
     def running_calls(self) -> int:
         """Return the number of model calls and images in progress."""
@@ -12727,13 +12721,6 @@ class Server(http.server.ThreadingHTTPServer):
         now = time.monotonic()
         self.metrics.add(request, now)
         log_access(request, now)
-
-    def on_connection_closed(self, connection: Connection) -> None:
-        """Remove a connection after its last request has ended. Loop thread."""
-        self.connections.discard(connection)
-        if self.draining:
-            with self.all_closed:
-                self.all_closed.notify_all()
 
     def on_tick(self, now: float) -> None:
         """Enforce all deadlines, resume accepting, resume queued calls. Loop thread."""
