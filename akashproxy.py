@@ -12129,13 +12129,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> Any:
         self.parse_request()
-        method = getattr(self, "do_" + self.command, None)
-        result = method() if method else self.dispatch()
-        if not result and not self.request.writer.status:
+        writer, method = self.request.writer, getattr(self, "do_" + self.command, self.dispatch)
+        if method():
+            return True
+        if not writer.status:
             raise APIError(500, f"{type(self).__name__}.do_{self.command} sent no response.")
-        if not result and not self.request.writer.finished:
-            self.request.writer.finish()
-        return result
+        if not writer.finished:
+            writer.finish()
+        if self.close_connection:  # set by a subclass after the head
+            self.request.keep_alive = False
+        return False
 
     def parse_request(self) -> bool:
         """Set the attributes from the parsed head; APIError if the request was rejected."""
@@ -12143,6 +12146,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.command, path, query, http_minor, headers = request.head
         self.path = f"{path}?{query}" if query else path
         self.request_version = "HTTP/1.1" if http_minor == "1" else "HTTP/1.0"
+        self.close_connection = not request.keep_alive
         target = request.route.targets.get("POST")
         if isinstance(target, type):
             self.dialect = target
@@ -12242,31 +12246,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def end_headers(self) -> None:
         """Begin the body, which is chunked without a Content-Length."""
-        status = self.response["status"]
+        status, self.request.keep_alive = self.response["status"], not self.close_connection
         if status in (204, 304) or status < 200:
             self.response.setdefault("length", 0)
         self.request.writer.start(**self.response)
 
-    @property
-    def close_connection(self) -> bool:
-        """Whether the connection is closed after the response."""
-        return not self.request.keep_alive
-
-    @close_connection.setter
-    def close_connection(self, value: bool) -> None:
-        self.request.keep_alive = not value
-
-    def send_error(
-        self, code: int, message: Optional[str] = None, explain: Optional[str] = None
-    ) -> None:
+    def send_error(self, code: int, message: Any = None, explain: Any = None) -> None:
         """Send an error in the client's dialect."""
         text = message or http.HTTPStatus(code).phrase
         self.send_api_error(APIError(code, f"{text}: {explain}" if explain else text))
 
     def send_json(self, status: int, value: Any, headers: Optional[Dict[str, str]] = None) -> None:
-        self.request.writer.respond(
-            status, to_json(value), {"Content-Type": "application/json", **(headers or {})}
-        )
+        headers = {"Content-Type": "application/json", **(headers or {})}
+        self.request.writer.respond(status, to_json(value), headers)
 
     def send_api_error(self, error: APIError) -> None:
         """Send an error in the client's dialect, also at the end of a stream."""
@@ -12351,7 +12343,7 @@ def get_metrics(handler: Handler) -> None:
 
 def allowed_models(handler: Handler) -> Tuple[str, ...]:
     """Return the patterns of models that the client's key may use; (): all."""
-    return handler.request.key.options.models if handler.request.key is not None else ()
+    return handler.request.key.options.models if handler.request.key else ()
 
 
 def models_of_key(handler: Handler) -> List[Dict[str, Any]]:
@@ -12453,10 +12445,8 @@ class LogFormat(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = shorten(record.getMessage(), 4000)
         if not text.isprintable():  # a client must not be able to forge log lines
-            text = "".join(
-                char if char.isprintable() else char.encode("unicode_escape").decode()
-                for char in text
-            )
+            escape = "unicode_escape"
+            text = "".join([c if c.isprintable() else c.encode(escape).decode() for c in text])
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
         if self.style == "text":
@@ -12475,9 +12465,8 @@ class LogFormat(logging.Formatter):
 
 # -- the server
 
-_FULL = to_json(
-    Dialect.error_body(APIError(503, "Too many clients are connected.", code="overloaded"))
-)
+_TOO_MANY = APIError(503, "Too many clients are connected.", code="overloaded")
+_FULL = to_json(Dialect.error_body(_TOO_MANY))
 TOO_MANY_CLIENTS = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
     b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(_FULL), _FULL)
@@ -12562,9 +12551,8 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             super().__init__((host, port), RequestHandlerClass, bind_and_activate)
         except OSError as error:
-            raise ConfigError(
-                [f"cannot listen on {self.settings.server_address}: {error.strerror or error}"]
-            ) from None
+            message = f"cannot listen on {self.settings.server_address}: {error.strerror or error}"
+            raise ConfigError([message]) from None
 
     @property
     def url(self) -> str:
