@@ -12618,9 +12618,10 @@ class Server(http.server.ThreadingHTTPServer):
         # one finds no connection and ends the loop; clients in the backlog are never accepted.
         self.accepting_stopped.wait()
         if not self.idle(self.settings.grace if grace is None else grace):
-            self._for_each(Connection.stop)
+            self.loop.call_soon_threadsafe(functools.partial(self._for_each, Connection.stop))
             if not self.idle(1.0):
-                self._for_each(Connection.disconnect)
+                disconnect_all = functools.partial(self._for_each, Connection.disconnect)
+                self.loop.call_soon_threadsafe(disconnect_all)
                 self.idle(1.0)
         self.workers.stop()
         self.loop.stop()
@@ -12654,9 +12655,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.stop()
 
     def _for_each(self, action: Callable[[Connection], None]) -> None:
-        """Call a method of each connection, on the loop thread."""
+        """Call a method of each connection, without a pause between. Loop thread."""
         for connection in self.connections.copy():
-            self.loop.call_soon_threadsafe(functools.partial(action, connection))
+            action(connection)
 
     # -- callbacks
 
