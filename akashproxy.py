@@ -10438,8 +10438,8 @@ class SelectorPoller:
 class EventLoop(threading.Thread):
     """The loop thread: dispatches I/O events, scheduled callbacks and a periodic tick.
 
-    add() and remove(): loop thread. call_soon_threadsafe() and stop(): any thread. Callbacks must
-    not block. An exception in a callback is logged and aborts its own socket only.
+    add(), modify() and remove(): loop thread. call_soon_threadsafe() and stop(): any thread.
+    Callbacks must not block. An exception in a callback is logged and aborts its own socket only.
     """
 
     TICK = 0.25  # seconds between two calls of on_tick
@@ -10463,13 +10463,14 @@ class EventLoop(threading.Thread):
         self.add(self.wakeup_r, self._on_wakeup, self._on_wakeup)
 
     def add(self, sock: Any, callback: Callback, abort: Callback, events: int = READABLE) -> None:
-        """Register a socket or change its events; OSError if select() has no room for it."""
+        """Register a socket; OSError if select() has no room for it."""
         descriptor = sock.fileno()
-        try:
-            self.poller.register(descriptor, events)
-        except (FileExistsError, KeyError):
-            self.poller.modify(descriptor, events)
+        self.poller.register(descriptor, events)
         self.registrations[descriptor] = callback, abort
+
+    def modify(self, sock: Any, events: int) -> None:
+        """Change the events of a registered socket."""
+        self.poller.modify(sock.fileno(), events)
 
     def remove(self, sock: Any) -> None:
         """Unregister a socket before it is closed or handed to a worker. Idempotent."""
@@ -11045,11 +11046,13 @@ class Connection:
         events = (0 if self.pipelined else READABLE) | (WRITABLE if self.output else 0)
         if events == self.events or self.state is CLOSED:
             return
-        self.events = events
-        if events:
+        if not self.events:
             self.loop.add(self.sock, self.on_ready, self.disconnect, events)
+        elif events:
+            self.loop.modify(self.sock, events)
         else:
             self.loop.remove(self.sock)
+        self.events = events
 
 
 # == 17. relay ================================================================================
