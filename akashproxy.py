@@ -10460,7 +10460,8 @@ class EventLoop(threading.Thread):
         self.wakeup_r, self.wakeup_w = socket.socketpair()
         self.wakeup_r.setblocking(False)
         self.wakeup_w.setblocking(False)
-        self.add(self.wakeup_r, self._on_wakeup, self._on_wakeup)
+        read = functools.partial(self.wakeup_r.recv, 4096)
+        self.add(self.wakeup_r, read, read)
 
     def add(self, sock: Any, callback: Callback, abort: Callback, events: int = READABLE) -> None:
         """Register a socket; OSError if select() has no room for it."""
@@ -10534,10 +10535,6 @@ class EventLoop(threading.Thread):
         self.poller.close()
         self.wakeup_r.close()
         self.wakeup_w.close()
-
-    def _on_wakeup(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self.wakeup_r.recv(4096)
 
     @staticmethod
     def _abort(abort: Callback) -> None:
@@ -12686,6 +12683,7 @@ class Server(http.server.ThreadingHTTPServer):
                 except Exception as error:
                     is_bug = not isinstance(error, OSError)
                     log.error("a connection could not be accepted: %s", error, exc_info=is_bug)
+                    self.loop.remove(request)
                     request.close()
 
     def stop_accepting(self) -> None:
