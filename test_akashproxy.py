@@ -162,7 +162,6 @@ class Fake:
     # -- faults
 
     def raw(self, data, keep=False):
-        """Send just these bytes."""
         return lambda sock, request: sock.sendall(data) or keep
 
     def refuse(self, times=1):
@@ -216,7 +215,6 @@ def chunk(data):
 
 
 def chunks(*parts):
-    """A whole body, each part in a chunk of its own."""
     return b"".join(map(chunk, parts)) + b"0\r\n\r\n"
 
 
@@ -323,7 +321,6 @@ class FakeOpenAI(Fake):
 
     @classmethod
     def words(cls, text):
-        """The events that say a text, a word each."""
         for word in re.findall(r"\S+\s*", text):
             yield cls.event({"content": word})
         yield cls.event({}, "stop")
@@ -335,7 +332,6 @@ class FakeOpenAI(Fake):
             {"index": 0, "delta": delta, "finish_reason": finish}]}).encode() + b"\n\n"
 
     def begun(self, count):
-        """The head of a stream and its first events."""
         return self.head() + b"".join(map(chunk, list(self.events())[:count]))
 
     # -- faults
@@ -362,7 +358,6 @@ class FakeOpenAI(Fake):
 
 @pytest.fixture(autouse=True)
 def close_fakes():
-    """Close a test's fakes after it."""
     before = Fake.running.copy()
     yield
     for fake in Fake.running - before:
@@ -587,7 +582,6 @@ user, assistant, system, developer = (functools.partial(message, role) for role 
 
 
 def returned(id, content):
-    """What a tool returned, as a message of a chat."""
     return {"role": "tool", "tool_call_id": id, "content": content}
 
 
@@ -747,7 +741,6 @@ def route_of(got):
 
 
 def statuses(server, count, body=None, **fields):
-    """The statuses of some chats, one after the other."""
     return [chat(server, body or BOTH, **fields).status for _ in range(count)]
 
 
@@ -1242,7 +1235,6 @@ MARKED_FILE = base64.b64encode("héllo <|endoftext|>".encode()).decode()
 
 
 def attached(url, text=""):
-    """A message with a picture as Akash takes it."""
     return user(text, experimental_attachments=[{"name": "picture", "contentType": "image/png", "url": url}])
 
 
@@ -1363,8 +1355,6 @@ def test_what_akash_ignores_is_said(drop, fields, ignored, streamed, akash, pool
 
 
 class Clock:
-    """A clock that goes when told."""
-
     def __init__(self):
         self.now = 1000.0
 
@@ -2351,7 +2341,6 @@ def spawned(*flags, before="", popen=(), **environ):
 
 
 def port_of(process):
-    """The port that a command says it listens on."""
     line = process.stdout.readline()
     match = re.search(r" on http://127\.0\.0\.1:(\d+)\S*/v1", line)
     assert match, line + process.stderr.read()
@@ -3157,12 +3146,9 @@ def test_a_relayed_stream_is_complete_with_its_last_event(path, body, ended, fak
     wait_for(lambda: "ended=whole" in log.text and "tokens_in=11 tokens_out=7" in log.text)
 
 
-ECHOES = {"/v1/messages": "message_stop", "/v1/responses": "response.completed"}
-
-
 @pytest.mark.parametrize("line_break", [b"\n", b"\r\n", b"\r"], ids=["LF", "CR LF", "CR"])
 @pytest.mark.parametrize("own", ["first", "last"])
-@pytest.mark.parametrize("path, last", ECHOES.items())
+@pytest.mark.parametrize("path, last", [("/v1/messages", "message_stop"), ("/v1/responses", "response.completed")])
 def test_only_its_own_type_makes_an_event_the_end(path, last, own, line_break):
     def event(type, **fields):
         fields = {"type": type, **fields} if own == "first" else {**fields, "type": type}
@@ -4647,7 +4633,6 @@ def test_how_long_an_upstream_asks_to_wait(headers, body, message, seconds):
 
 
 def test_no_header_or_body_of_an_error_does_harm():
-    """Whatever an upstream says, its error is one, and its wait is within bounds."""
     random = __import__("random").Random(7)
     pieces = ["retry-after", "1", "9" * 14, ".5", "-", "s", "ms", "m", " GMT", "Mon, 01 Jan ", "2024", "T00:00:00", "Z", "+99:99", ":", ",", "r=0", ";t=",
               "reset", "try again in ", "inf", "nan", "٥", "\ud800", "\0", "{", '"', "'", "\\", "litellm.", "RateLimitError: ", "message", "***", "sk-..."]
@@ -4873,8 +4858,9 @@ def test_fields_that_hide_nothing_are_not_blacked_out():
 # == dialects: Messages and Responses =========================================================
 
 
-def tool(name="f", **schema):
-    return {"type": "function", "function": {"name": name, "parameters": schema or {"type": "object", "properties": {}}}}
+def tool(name="f", **types):
+    properties = {key: {"type": kind} for key, kind in types.items()}
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
 
 
 def called(*calls):
@@ -5695,7 +5681,8 @@ def test_equal_names_in_namespaces_stay_apart(fake, pool):
     assert [(item["name"], item.get("namespace")) for item in output] == [("f", None), ("a__f", None), ("f", "a"), ("f", "b")]
 
 
-@table({
+ONLY_CHAT = {"paths": ["/v1/chat/completions"]}
+PARAMETERS = {
     # name: (path, fields of a body, names and values that are sent, names that are not, what is ignored)
     "no stop sequences, which OpenAI rejects": ("messages", {"stop_sequences": []}, {}, ["stop"], None),
     "a user of 64 characters": ("messages", {"metadata": {"user_id": "u" * 64}}, {"user": "u" * 64}, [], None),
@@ -5713,14 +5700,7 @@ def test_equal_names_in_namespaces_stay_apart(fake, pool):
                                     ["n", "best_of", "logprobs", "suffix", "echo"], "n, best_of, logprobs, suffix, echo"),
     "those it has": ("completions", {"n": 1, "logprobs": None}, {"n": 1}, [], None),
     "no alternatives, but their number": ("completions", {"logprobs": 1}, {}, ["logprobs"], "logprobs"),
-})
-def test_parameters_as_upstreams_take_them(path, fields, sent, left_out, ignored, fake, pool):
-    body = {"messages": ASKED, "responses": WANTED, "completions": {"model": "both", "prompt": "hi"}}[path]
-    got = ask(pool((fake, {"paths": ["/v1/chat/completions"]})), "POST", f"/v1/{path}", {**body, **fields})
-    assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored, got.body
-    assert {name: fake.bodies()[0].get(name) for name in sent} == sent and not set(left_out) & set(fake.bodies()[0])
-
-
+}
 THOUGHT = [{"role": "assistant", "content": None, "reasoning_content": "h", "tool_calls": [{**C1["tool_calls"][0], "extra_content": {"x": 1}}]}, R1]
 
 
@@ -5737,17 +5717,15 @@ THOUGHT = [{"role": "assistant", "content": None, "reasoning_content": "h", "too
     "a new name for nothing": ({"rename": {"max_tokens": "max_completion_tokens"}}, "chat/completions", {}, {}, ["max_tokens", "max_completion_tokens"], None),
     "a fixed value": ({"set": {"reasoning_effort": "low", "n": 1}}, "responses", {"reasoning": {"effort": "high"}}, {"reasoning_effort": "low", "n": 1}, [], None),
     "a fixed value, relayed": ({"set": {"provider": {"order": ["x"]}}}, "chat/completions", {"seed": 3}, {"provider": {"order": ["x"]}, "seed": 3}, [], None),
+    **{name: (ONLY_CHAT, *row) for name, row in PARAMETERS.items()},
     "not of a chat": ({"set": {"reasoning_effort": "low"}}, "embeddings", {"input": "x"}, {"input": "x"}, ["reasoning_effort"], None),
     "drop, rename and set in turn": ({"drop": ["a", "c"], "rename": {"a": "b", "d": "c"}, "set": {"d": 4}}, "chat/completions", {"a": 1, "d": 2}, {"c": 2, "d": 4}, ["a", "b"], "a"),
 })
 def test_a_controller_adapts_requests(options, path, fields, sent, left_out, ignored, fake, pool):
-    server = pool((fake, options))
-    body = {"messages": ASKED, "responses": WANTED}.get(path, {"model": "both", **({"messages": [user("hi")]} if "chat" in path else {})})
-    got = ask(server, "POST", f"/v1/{path}", {**body, **fields})
-    got_body = fake.bodies()[0]
-    if path != "embeddings":
-        assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored, got.body
-    assert {name: got_body.get(name) for name in sent} == sent and not set(left_out) & set(got_body)
+    body = {"chat/completions": BOTH, "messages": ASKED, "responses": WANTED, "completions": {"model": "both", "prompt": "hi"}}.get(path, {"model": "both"})
+    got = ask(pool((fake, options)), "POST", f"/v1/{path}", {**body, **fields})
+    assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored, got.body
+    assert {name: fake.bodies()[0].get(name) for name in sent} == sent and not set(left_out) & set(fake.bodies()[0])
 
 
 def test_a_short_model_name_is_no_part_of_a_word():
@@ -5862,12 +5840,7 @@ def test_why_an_answer_ended_in_each_dialect(reason, expected, streamed, fake, p
 
 # == tools as text ============================================================================
 
-def function(name, **types):
-    properties = {key: {"type": kind} for key, kind in types.items()}
-    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
-
-
-FUNCTIONS = [function("weather", city="string", days="integer"), function("write", path="string", content="string"), function("now")]
+FUNCTIONS = [tool("weather", city="string", days="integer"), tool("write", path="string", content="string"), tool("now")]
 FUNCTIONS[1]["function"]["parameters"]["properties"].update(mode={"anyOf": [{"type": "string"}, {"type": "null"}]}, append={"anyOf": [{"type": "boolean"}, {"type": "null"}]})
 LONG = {"content": "it\'s \"x\" </tool_call>\n" * 20}     # it is sent in parts
 LONG_CALL = json.dumps({"name": "write", "arguments": LONG})
@@ -6363,27 +6336,24 @@ def named(*names):
     return [{"type": "function", "function": {"name": name}} for name in names]
 
 
-CHOICES = {     # a tool_choice: the functions in the prompt, whether one must be called
+@pytest.mark.parametrize("choice, expected", {     # a tool_choice: the functions in the prompt, whether one must be called
     "none": ([], False), "auto": (["weather", "write", "now"], False), "required": (["weather", "write", "now"], True),
     json.dumps(named("now")[0]): (["now"], True),
     json.dumps({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": named("now", "write")}}): (["write", "now"], False),
     json.dumps({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": named("write")}}): (["write"], True),
     json.dumps(named("rm")[0]): None, "sometimes": None, "7": None, '{"type": "custom"}': None,
-}
-
-
-@pytest.mark.parametrize("choice", CHOICES)
-def test_a_choice_of_tools_is_put_into_the_prompt(choice):
+}.items())
+def test_a_choice_of_tools_is_put_into_the_prompt(choice, expected):
     value = json.loads(choice) if choice[0] in "{7" else choice
-    if CHOICES[choice] is None:
+    if expected is None:
         with pytest.raises(APIError, match="'tool_choice' must be"):
             prompted(tool_choice=value)
         return
     tools = prompted(tool_choice=value)
     *system, message = tools.body()["messages"]
-    assert message == user("x") and (list(tools.functions), tools.required) == CHOICES[choice] and bool(system) == bool(tools.functions)
+    assert message == user("x") and (list(tools.functions), tools.required) == expected and bool(system) == bool(tools.functions)
     system = "".join(message["content"] for message in system)
-    assert (re.findall(r'"function":{"name":"(\w+)"', system), akashproxy.MUST_CALL in system) == CHOICES[choice]
+    assert (re.findall(r'"function":{"name":"(\w+)"', system), akashproxy.MUST_CALL in system) == expected
 
 
 def test_a_required_call_is_asked_for_once_and_only_before_a_part_was_sent():
@@ -6463,8 +6433,6 @@ def test_an_agent_finishes_the_demos_task(path, shell, fields, required, demo, t
 
 
 class ForwardProxy(Fake):
-    """A forwarding proxy: absolute-form requests and CONNECT, by way of real sockets."""
-
     def serve(self, sock):
         with contextlib.suppress(OSError), sock:
             head = b""
@@ -6581,17 +6549,20 @@ LOOKED_UP = "the name '{}' can't be looked up (check {} and the DNS)"
 
 
 class Scripted(Fake):
-    """Answers whatever comes with one text after the other, and hangs up."""
+    """Answers whatever comes with one text after the other, byte by byte if there is a pause, and hangs up; .gone tells that it has."""
 
-    def __init__(self, *answers):
-        self.answers = answers
+    def __init__(self, *answers, pause=0):
+        self.answers, self.pause = answers, pause
         super().__init__()
 
     def serve(self, sock):
-        with sock:
+        with sock, contextlib.suppress(OSError):
             for answer in self.answers:
                 sock.recv(65536)
-                sock.sendall(answer)
+                for part in split(answer, 1) if self.pause else [answer]:
+                    sock.sendall(part)
+                    self.gone.wait(self.pause)
+        self.gone.set()
 
 
 @table({  # (the upstream and the proxy before it, in which {} is a port; what listens there: what a user is told)
@@ -6628,19 +6599,6 @@ def test_an_unreachable_upstream_is_explained_with_its_host(url, proxy, kind, wo
     assert not any(str(port) in got.body.decode() for port in ports)
 
 
-class Dripping(Scripted):
-    """Answers a request with one byte after the other; .gone tells that its client has left."""
-
-    def serve(self, sock):
-        with sock, contextlib.suppress(OSError):
-            for answer in self.answers:
-                sock.recv(65536)
-                for byte in answer:
-                    sock.sendall(bytes([byte]))
-                    self.gone.wait(0.02)
-        self.gone.set()
-
-
 @table({  # (the upstream, the proxy before it, in which {} is the port of what answers): its bytes
     "CONNECT": ("https://a.b", "http://127.0.0.1:{}", b"HTTP/1.1 200 " + b"x" * 60000),
     "headers of CONNECT": ("https://a.b", "http://127.0.0.1:{}", b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 10000),
@@ -6649,7 +6607,7 @@ class Dripping(Scripted):
 })
 def test_the_time_to_connect_is_that_of_all_handshakes_together(case, pool):
     url, proxy, *answers = case
-    slow = Dripping(*answers)
+    slow = Scripted(*answers, pause=0.02)
     server = pool((slow, {"base_url": url.format(slow.port) + "/v1", "proxy": proxy.format(slow.port)}), connect_timeout=0.1)
     started = time.monotonic()
     got = chat(server, BOTH)
@@ -7381,16 +7339,6 @@ def test_failover_goes_on_behind_pings(a, b, pool):
     assert got.status == 200 and got.body.startswith(b": ping\n\n") and b"from " in got.body and b"error" not in got.body
 
 
-def test_pings_never_cut_an_event(a, pool):
-    (first, second, *others), go = a.events(), threading.Event()
-    a.faults.append(a.steps(a.head() + chunk(first) + chunk(second[:20]), go, chunks(second[20:], *others)))
-    with connect(pool(a, heartbeat=0.1), post("/v1/chat/completions", {**BOTH, "stream": True})) as sock:
-        got = receive(sock, b": ping")
-        go.set()
-        body = unchunked((got + receive(sock, b"0\r\n\r\n")).partition(b"\r\n\r\n")[2])
-    assert body.replace(b": ping\n\n", b"") == b"".join(a.events())
-
-
 @table({
     # name: (path, first frames of an upstream, a frame that it repeats and of which nothing is sent to the client)
     "reasoning that Messages withholds": ("messages", b"", FakeOpenAI.event({"reasoning_content": "t"})),
@@ -7420,15 +7368,16 @@ def test_output_that_is_not_sent_is_silence(path, first, repeated, fake, pool):
 
 
 @table({
-    # name: (what an upstream sends before it waits, the ping)
-    "an event": (FakeOpenAI.event({"content": "a"}), b": ping\n\n"),
-    "an event with an ID": (b"id: 1\n" + FakeOpenAI.event({"content": "a"}), b": ping\n"),
-    "an ID long ago": (b"id: 1\n" + FakeOpenAI.event({"content": "a"}) + FakeOpenAI.event({"content": "b"}), b": ping\n"),
-    "a part of an event": (FakeOpenAI.event({"content": "a"}) + b"event: message\n", b": ping\n"),
+    # name: (what an upstream sends before it waits, how many bytes of the next event, the ping)
+    "an event": (FakeOpenAI.event({"content": "a"}), 0, b": ping\n\n"),
+    "half a line": (FakeOpenAI.event({"content": "a"}), 20, b": ping\n\n"),
+    "an event with an ID": (b"id: 1\n" + FakeOpenAI.event({"content": "a"}), 0, b": ping\n"),
+    "an ID long ago": (b"id: 1\n" + FakeOpenAI.event({"content": "a"}) + FakeOpenAI.event({"content": "b"}), 0, b": ping\n"),
+    "a part of an event": (FakeOpenAI.event({"content": "a"}) + b"event: message\n", 0, b": ping\n"),
 })
-def test_a_ping_never_ends_an_event(frames, ping, fake, pool):
-    done, end = threading.Event(), b"".join(FakeOpenAI.words(""))
-    fake.faults.append(fake.steps(fake.head() + chunk(frames), done, chunks(end)))
+def test_a_ping_never_cuts_or_ends_an_event(frames, begun, ping, fake, pool):
+    done, end = threading.Event(), b"".join(FakeOpenAI.words("end"))
+    fake.faulting(fake.steps(fake.head() + chunk(frames + end[:begun]), done, chunks(end[begun:])))
     with connect(pool(fake, heartbeat=0.05, idle_timeout=9), post("/v1/chat/completions", {**CHAT, "model": "both", "stream": True})) as sock:
         got = receive(sock, lambda got: got.partition(frames)[2].count(b": ping") >= 3)
         done.set()
@@ -7795,7 +7744,6 @@ class Load:
             self.lost += self.count
 
     def cells(self):
-        """The figures for the table."""
         def times(values):
             values = sorted(values) or [math.nan]
             return " / ".join(shown(values[int(len(values) * share)] / 1e6, 2) for share in (0.5, 0.99))
@@ -8023,7 +7971,6 @@ def test_a_list_of_models_has_counts_too(fake, pool):
 
 
 def test_numbers_that_are_no_json_are_not_passed_on(fake, akash, pool):
-    """Of an upstream: arguments of a tool in either format, and an event with one."""
     def strict(body):
         return json.loads(body, parse_constant=lambda name: pytest.fail(name))
 
@@ -8240,7 +8187,6 @@ ODD_VALUES = [None, True, False, 0, -1, 1.5, 10 ** 30, "", "x", "stop", "error",
 
 
 def odd(rng, value, chance=0.25):
-    """A JSON value with odd ones in some places."""
     if rng.random() < chance / 2:
         return rng.choice(ODD_VALUES)
     if isinstance(value, dict):
@@ -10026,7 +9972,6 @@ class Browser:
         self.until(f"document.querySelector('{shown}')")
 
     def load(self, method, **params):
-        """Send a command that loads the page; wait until it has."""
         self.call(method, **params)
         while self.receive().get("method") != "Page.loadEventFired":
             pass
@@ -10065,7 +10010,6 @@ class Browser:
                           " (each) => each.textContent)")
 
     def choose(self, name):
-        """Choose a model by the list of models."""
         self.run("document.getElementById('picker').open || document.getElementById('model').click()")
         self.run(f"document.querySelector('#models [value={json.dumps(name)}]').click()")
         self.until(f"document.getElementById('model').innerText.includes({json.dumps(name)})")
@@ -10520,12 +10464,10 @@ def item_samples(item):
 
 
 def sample(items):
-    """A short string that a sequence of items matches."""
     return "".join(item_samples(item)[0] for item in items)
 
 
 def class_samples(items):
-    """Some characters of a class."""
     kinds = [(str(kind), value) for kind, value in items]
     named = {"LITERAL": lambda value: [chr(value)], "RANGE": lambda ends: list(map(chr, ends)),
              "CATEGORY": lambda name: [{"SPACE": " ", "DIGIT": "1"}.get(str(name).rpartition("_")[2], "a")]}
@@ -10536,7 +10478,6 @@ def class_samples(items):
 
 
 def within(item):
-    """The sequences within an item."""
     kind, value = str(item[0]), item[1]
     if kind == "BRANCH":
         return value[1]
@@ -10725,7 +10666,6 @@ texts = functools.partial(feeding, as_fed=lambda text: [Text(text)])
 
 
 def received(items):
-    """An upstream's head."""
     request = types.SimpleNamespace(scope=akashproxy.CancelScope(), method="POST")
     response = akashproxy.UpstreamResponse(None, request, False, None)
     for item in items:
@@ -10980,8 +10920,6 @@ def test_bytes_of_a_head_cost_no_more_the_longer_it_is(serve):
 
 
 class OwnHandler(akashproxy.Handler):
-    """A handler as one would write it for http.server."""
-
     def do_GET(self):
         if self.path == "/mine":
             data = f"{self.command} {self.headers['User-Agent']} {self.headers.get('x-NONE', 'none')} {self.client_address[0]}".encode()
@@ -11226,7 +11164,6 @@ MAY_NAME = {    # a section: the sections whose names may stand in it
 
 
 def test_sections_name_only_what_they_may():
-    """Dialects know no sockets and no upstreams, controllers no clients, the loop no formats."""
     banners = [(match.start(), match[1]) for match in re.finditer(r"^# == \d+\. (\w+)", SOURCE, re.M)]
     starts = [SOURCE.count("\n", 0, at) + 1 for at, _ in banners]
     tree = ast.parse(SOURCE)
@@ -11259,7 +11196,6 @@ def test_public_names_exist_and_have_a_docstring_and_the_readme_uses_no_others()
 
 
 def blocks(kind):
-    """The README's fenced blocks of a kind."""
     return re.findall(rf"^```{kind}\n(.*?)^```$", README, re.M | re.S)
 
 
