@@ -159,6 +159,11 @@ class Fake:
         self.faults += faults
         return self
 
+    def answers(self, part, fault):
+        """Have a fault answer each request whose path has this part."""
+        honest = self.answer
+        self.answer = lambda sock, request: (fault if part in request.path else honest)(sock, request)
+
     # -- faults
 
     def raw(self, data, keep=False):
@@ -685,11 +690,8 @@ def error_of(expected, function, *args, **more):
 
 
 def refused(port):
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        return False
-    except OSError:
-        return True
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) != 0
 
 
 def free_port():
@@ -1355,8 +1357,7 @@ def test_what_akash_ignores_is_said(drop, fields, ignored, streamed, akash, pool
 
 
 class Clock:
-    def __init__(self):
-        self.now = 1000.0
+    now = 1000.0
 
     def __call__(self):
         return self.now
@@ -1417,8 +1418,7 @@ def test_a_session_server_that_stalls_costs_all_one_time_out(akash, serve):
 
 @pytest.mark.parametrize("path", ["/api/auth/session/", "/api/models/"])
 def test_an_endless_session_or_model_list_is_one_that_does_not_come(path, akash, serve):
-    honest, slow = akash.answer, akash.endless(reply(body=b"")[:-5], chunk(b" "), pause=0.05)
-    akash.answer = lambda sock, request: (slow if request.path == path else honest)(sock, request)
+    akash.answers(path, akash.endless(reply(body=b"")[:-5], chunk(b" "), pause=0.05))
     server, started = serve(session_timeout=0.2), time.monotonic()
     got = ask(server, path="/v1/models") if "models" in path else chat(server)
     assert (got.status, got.json["error"]["code"]) == (504, "timeout") and "within 0.2 seconds" in got.json["error"]["message"]
@@ -1488,22 +1488,14 @@ def test_a_session_that_is_not_started_is_said(answer, words, retry_after, akash
 
 @pytest.mark.parametrize("accepted", ["plain", "sha256"])
 def test_access_tokens_of_both_versions(akash, serve, accepted):
-    token = "t0ken" if accepted == "plain" else hashlib.sha256(b"t0ken").hexdigest()
-    answer = akash.answer
-
-    def guarded(sock, request):
-        given = request.headers.get("authorization")
-        if "session" in request.path and given != f"Bearer {token}":
-            sock.sendall(reply(403, b'{"error":"Invalid Access token","message":"The provided access token is invalid"}'))
-            return True
-        return answer(sock, request)
-
-    akash.answer = guarded
+    refusal = akash.raw(reply(403, b'{"error":"Invalid Access token","message":"The provided access token is invalid"}'), keep=True)
+    tokens, honest = ["t0ken", hashlib.sha256(b"t0ken").hexdigest()], akash.answer
+    akash.answers("session", lambda sock, request: (
+        honest if request.headers.get("authorization") == f"Bearer {token}" else refusal)(sock, request))
     server = serve(akash_access_token="t0ken")
-    assert chat(server).status == 200
-    token = hashlib.sha256(b"t0ken").hexdigest() if accepted == "plain" else "t0ken"    # the server changes its mind
-    akash.cookies += 10
-    assert chat(server).status == 200
+    for token in tokens if accepted == "plain" else reversed(tokens):     # then the server changes its mind
+        akash.cookies += 10
+        assert chat(server).status == 200
     got = chat(serve(akash_access_token="wrong"))
     assert got.status == 424 and "AKASH_ACCESS_TOKEN" in got.json["error"]["message"]
     assert "wrong" not in got.body.decode()
@@ -1696,7 +1688,7 @@ def test_the_relay_of_a_picture(akash, serve):
     assert {request.path for request in akash.requests} == {"/api/image/job_51083a4c_00001_.png", "/api/image/missing.png"}
     akash.name = "noext"
     assert ask(server, path="/images/noext").status == 404 and akash.requests[-1].path == "/api/image/noext/"
-    akash.answer = lambda sock, request: sock.sendall(reply(body=b"<script>", kind="text/html")) or True
+    akash.answer = akash.raw(reply(body=b"<script>", kind="text/html"), keep=True)
     assert ask(server, path="/images/x.png").status == 404, "a web page is never relayed as a picture"
 
 
@@ -1916,8 +1908,7 @@ def test_failures_before_the_first_word_are_statuses(data, status, code, words, 
 @pytest.mark.parametrize("path", ["/api/auth/session/", "/api/models/"])
 @pytest.mark.parametrize("status", [200, 403, 404])
 def test_a_page_in_front_of_the_session_or_the_models(path, status, akash, serve):
-    answer = akash.answer
-    akash.answer = lambda sock, request: (sock.sendall(reply(status, PAGE, "text/html")) or True if request.path == path else answer(sock, request))
+    akash.answers(path, akash.raw(reply(status, PAGE, "text/html"), keep=True))
     got = ask(serve(), path="/v1/models")
     assert got.status == 502 and got.json["error"]["code"] == "upstream_blocked" and b"<" not in got.body
     assert got.json["error"]["message"].startswith("127.0.0.1: A proxy in front"), "no port: clients need not know the inner network"
@@ -2455,8 +2446,7 @@ def test_the_command_stops_cleanly_and_writes_the_last_lines_of_its_log(number):
         assert output.count(" status=404 ") == 20 and "Traceback" not in output
 
 
-def full_disk():
-    return os.open("/dev/full", os.O_WRONLY)
+full_disk = functools.partial(os.open, "/dev/full", os.O_WRONLY)
 
 
 def closed_pipe():
@@ -3511,7 +3501,7 @@ def test_a_broken_model_keeps_no_other_model_from_being_served(kind, failed, kee
     for fake in fakes:
         fake.answer = lambda sock, request, answer=fake.answer: (
             sock.sendall(failed) or (stalled(sock) if keeps is None else keeps) if b'"broken"' in request.body else answer(sock, request))
-    server = known(pool(*fakes, first_byte_timeout=0.05 if keeps is None else 20))
+    server = known(pool(*fakes, first_byte_timeout=0.02 if keeps is None else 20))
     for _ in range(9):
         assert chat(server, BOTH, model="broken").status == (504 if keeps is None else 502)
     assert any(state["rests_for_seconds"] for state in ask(server, path="/status").json["controllers"])
@@ -4384,26 +4374,11 @@ PER_MODEL = {"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations
 CF_PAGE = b"<!DOCTYPE html><html><head><title>Attention Required! | Cloudflare</title></head><body>Sorry, you have been blocked</body></html>"
 SOON = time.time() + 1000
 # What an error means: (kind, status, code, retry_after, words, scope)
-
-
-def key_refused(words, *scope):
-    return "auth", 424, "upstream_auth", None, words, *scope
-
-
-def limited(retry_after, words, *scope):
-    return "limit", 429, "rate_limit_exceeded", retry_after, words, *scope
-
-
-def failed(status, words):
-    return "server", status, "upstream_error", None, words
-
-
-def refused_with(status, words):
-    return "refused", status, None, None, words
-
-
-def wrong(status, words):
-    return "request", status, None, None, words
+key_refused = lambda words, *scope: ("auth", 424, "upstream_auth", None, words, *scope)
+limited = lambda retry_after, words, *scope: ("limit", 429, "rate_limit_exceeded", retry_after, words, *scope)
+failed = lambda status, words: ("server", status, "upstream_error", None, words)
+refused_with = lambda status, words: ("refused", status, None, None, words)
+wrong = lambda status, words: ("request", status, None, None, words)
 
 
 @table({
@@ -7135,9 +7110,8 @@ def test_a_client_that_does_not_read_is_dropped(pool):
 
 
 def test_a_client_that_does_not_read_its_picture_is_dropped(akash, serve):
-    server, honest = serve(write_timeout=0.2), akash.answer
-    akash.answer = lambda sock, request: (
-        sock.sendall(reply(body=b"x" * (8 << 20), kind="image/png")) if "/image/" in request.path else honest(sock, request)) or True
+    server = serve(write_timeout=0.2)
+    akash.answers("/image/", akash.raw(reply(body=b"x" * (8 << 20), kind="image/png"), keep=True))
     with lazy_client(server, head_of("GET", "/images/x.png")):
         wait_for(lambda: any(connection.request for connection in server.connections.copy()))
         wait_for(lambda: not server.connections)
@@ -7146,9 +7120,8 @@ def test_a_client_that_does_not_read_its_picture_is_dropped(akash, serve):
 
 @pytest.mark.parametrize("leaves", [False, True])
 def test_clients_that_read_their_pictures_slowly_hold_no_worker(leaves, akash, serve):
-    data, honest = random.Random(7).randbytes(8 << 20), akash.answer
-    akash.answer = lambda sock, request: (
-        sock.sendall(reply(body=data, kind="image/png")) if "/image/" in request.path else honest(sock, request)) or True
+    data = random.Random(7).randbytes(8 << 20)
+    akash.answers("/image/", akash.raw(reply(body=data, kind="image/png"), keep=True))
     server, before = serve(), set(threading.enumerate())
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(lazy_client(server, head_of("GET", "/images/x.png", "Connection: close"))) for _ in range(8)]
@@ -7455,6 +7428,14 @@ def test_a_thousand_streams_at_once_lose_nothing(pool):
     wait_for(lambda: not server.connections)
 
 
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc here")
+
+
+def proc_status(process, name):
+    """A figure of a process as /proc has it: a count, or KiB."""
+    return int(re.search(rf"{name}:\s+(\d+)", pathlib.Path(f"/proc/{process.pid}/status").read_text())[1])
+
+
 def soak(count, log=lambda line: None):
     """Mixed requests, 1 in 20 of them faulted, against a server in a process of its own; its (memory, threads, files) early and late."""
     akash, paid = FakeAkash(), FakeOpenAI(models=["gpt-x", CHAT["model"]])
@@ -7466,9 +7447,7 @@ def soak(count, log=lambda line: None):
     path.write_text(json.dumps(config))
 
     def state(process):
-        proc = pathlib.Path(f"/proc/{process.pid}")
-        status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
-        return int(status["VmRSS"].split()[0]), int(status["Threads"]), len(os.listdir(proc / "fd"))
+        return proc_status(process, "VmRSS"), proc_status(process, "Threads"), len(os.listdir(f"/proc/{process.pid}/fd"))
 
     def one(server, at):
         if at % 20 == 0:
@@ -7508,7 +7487,7 @@ def soak(count, log=lambda line: None):
         paid.close()
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="no /proc here")
+@needs_proc
 def test_a_short_soak_leaves_nothing_behind():
     (memory, threads, files), later = soak(3000)
     assert later[0] < memory * 1.1 + 3000 and later[1] <= threads + 12 and later[2] <= files + 40
@@ -8117,7 +8096,7 @@ def prompt_of(content):
 LARGE = 4 << 20
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="no /proc here")
+@needs_proc
 @table({
     # name: (path, body)
     "prose": ("/v1/chat/completions", lambda: prompt_of(b'"' + PROSE * (LARGE // 34) + b'"')),
@@ -8147,18 +8126,15 @@ def test_a_request_takes_at_most_eight_times_its_size(path, make, tmp_path, fake
     limited = {"bearer_token": "any-key", "keys": [{"name": "dear", "key": "dear-key", "models": ["both"]}]} if path.endswith("?limited") else {}
     config.write_text(json.dumps({"controllers": [{"base_url": fake.url + "/v1", "api_key": "k"}], **limited}))
 
-    def memory(process, name):
-        return int(re.search(rf"{name}:\s+(\d+)", pathlib.Path(f"/proc/{process.pid}/status").read_text())[1]) << 10
-
     with started("--config-file", str(config), "--log-level", "error") as (process, server):
         assert ask(server, "POST", "/v1/messages", ASKED, bearer("dear")).status == 200     # what a first request loads
-        before, slowest = memory(process, "VmRSS"), 0.0
+        before, slowest = proc_status(process, "VmRSS"), 0.0
         asked = later(ask, server, "POST", path, body, {"Content-Type": "application/json", **bearer("dear")})
         while not asked.done():
             start_time = time.monotonic()
             assert ask(server).status == 200
             slowest = max(slowest, time.monotonic() - start_time)
-        got, taken = asked.result(), memory(process, "VmHWM") - before
+        got, taken = asked.result(), (proc_status(process, "VmHWM") - before) << 10
     assert got.status in (200, 400, 404) and len(got.body) < 20_000
     assert taken < 8 * len(body) and slowest < 2, (taken / len(body), slowest)      # seconds: the machine may be busy
 
@@ -8229,11 +8205,6 @@ DECODERS = {"akash v4": lambda: akashproxy.DecoderChain(AkashDecoder("m"), akash
             "relay": lambda: akashproxy.PassthroughDecoder("a", end=akashproxy.STREAM_ENDS["/v1/chat/completions"])}
 
 
-def cut_up(rng, data):
-    at = sorted(rng.randint(0, len(data)) for _ in range(rng.randint(1, 6)))
-    return [part for part in (data[start:end] for start, end in zip([0, *at], [*at, len(data)])) if part]
-
-
 @fuzzed(150)
 def test_odd_values_of_a_stream_are_events_or_an_error(rng):
     kind = rng.choice(list(DECODERS))
@@ -8290,8 +8261,10 @@ def test_where_it_is_cut_changes_nothing(scraps, most, read):
     def check(rng):
         data = scraps[0][:0].join(rng.choice(scraps) for _ in range(rng.randint(1, most)))
         patterns = (r"[^\n]*\n|[^\n]+", r"(?s).+?(?:\n\r?\n|\Z)")      # lines, and events
+        at = sorted({0, *(rng.randint(0, len(data) - 1) for _ in range(rng.randint(1, 6)))})
+        cut_up = [data[start:end] for start, end in zip(at, [*at[1:], len(data)])]
         complete = read([data])
-        for parts in (split(data, 1), cut_up(rng, data), *(re.findall(each if isinstance(data, str) else each.encode(), data) for each in patterns)):
+        for parts in (split(data, 1), cut_up, *(re.findall(each if isinstance(data, str) else each.encode(), data) for each in patterns)):
             assert read(parts) == complete, data
 
     check()
@@ -9171,15 +9144,6 @@ def test_a_reload_keeps_the_counts_of_keys_that_stay(a, pool):
 # What a client may do before anything is kept or asked for it: bodies, pages of other sites, limits of keys.
 
 
-def memory(pid):
-    """(resident KiB, threads) of a process."""
-    text = pathlib.Path(f"/proc/{pid}/status").read_text()
-    return tuple(int(re.search(rf"{name}:\s+(\d+)", text)[1]) for name in ("VmRSS", "Threads"))
-
-
-needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc here")
-
-
 @pytest.mark.parametrize("framing", ["Content-Length: 33554432", "Content-Length: 5", "Transfer-Encoding: chunked"])
 @pytest.mark.parametrize("method, path", [("GET", "/health"), ("HEAD", "/"), ("GET", "/v1/models"), ("OPTIONS", "/v1/models"),
                                           ("GET", "/images/x.png"), ("DELETE", "/v1/responses/x"), ("GET", "/status")])
@@ -9221,21 +9185,21 @@ def test_slow_bodies_have_no_threads(akash):
                 sock.sendall(b'"')
         with connect(port, head_of("GET", "/health")) as sock:
             assert status_of(sock) == 200
-        assert memory(process.pid)[1] < 12
+        assert proc_status(process, "Threads") < 12
 
 
 @needs_proc
 @pytest.mark.parametrize("method, path, status", [("GET", "/health", 200), ("POST", "/v1/chat/completions", 401), ("POST", "/", 405)])
 def test_nothing_is_kept_of_bodies_without_a_token(method, path, status, akash):
     with started(AKASH_BASE_URL=akash.url, BEARER_TOKEN="k") as (process, port), contextlib.ExitStack() as stack:
-        before = memory(process.pid)[0]
+        before = proc_status(process, "VmRSS")
         for _ in range(20):
             sock = stack.enter_context(connect(port, head_of(method, path, "Content-Length: 33554432")))
             assert status_of(sock) == status
             with contextlib.suppress(OSError):
                 for _ in range(31):
                     sock.sendall(bytes(1 << 20))
-        assert memory(process.pid)[0] - before < 16 << 10
+        assert proc_status(process, "VmRSS") - before < 16 << 10
 
 
 def test_much_at_once_buys_no_time(serve):
@@ -9298,34 +9262,29 @@ def test_all_bodies_together_have_a_bound(akash, serve):
     wait_for(lambda: ask(server, "POST", path, data).status == 200)
 
 
-@pytest.mark.parametrize("ends", ["whole", "left", "reset", "late", "large", "malformed", "declared only", "unread"])
-def test_what_a_body_took_is_given_back_however_it_ends(ends, akash, serve):
-    server = serve(max_body=90000, max_body_total=100000, body_timeout=0.2 if ends == "late" else 20)
-    path, data = "/v1/chat/completions", json.dumps({**CHAT, "padding": "x" * 80000}).encode()
-    sized, chunked = (head_of("POST", path, field) for field in (f"Content-Length: {len(data)}", "Transfer-Encoding: chunked"))
-    sized = sized.replace(b"POST " + path.encode(), b"GET /v1/models") if ends == "unread" else sized
+PADDED = json.dumps({**CHAT, "padding": "x" * 80000}).encode()
+SIZED_HEAD, CHUNKED_HEAD = (head_of("POST", "/v1/chat/completions", field) for field in (f"Content-Length: {len(PADDED)}", "Transfer-Encoding: chunked"))
+
+
+@table({
+    # how a body ends: (its head, what comes of it, what follows, the status, None: the client leaves)
+    "whole": (SIZED_HEAD, PADDED[:60000], PADDED[60000:], 200), "left": (SIZED_HEAD, PADDED[:60000], b"", None),
+    "reset": (SIZED_HEAD, PADDED[:60000], b"", "reset"), "late": (SIZED_HEAD, PADDED[:60000], b"", 408),
+    "large": (CHUNKED_HEAD, chunk(b"x" * 60000), chunk(b"x" * 60000), 413), "malformed": (CHUNKED_HEAD, chunk(b"x" * 60000), b"z\r\n", 400),
+    "declared only": (SIZED_HEAD, b"", b"", None), "unread": (head_of("GET", "/v1/models", f"Content-Length: {len(PADDED)}"), PADDED[:60000], b"", 200),
+})
+def test_what_a_body_took_is_given_back_however_it_ends(head, begun, rest, status, akash, serve):
+    server = serve(max_body=90000, max_body_total=100000, body_timeout=0.2 if status == 408 else 20)
+    accepted = lambda: ask(server, "POST", "/v1/chat/completions", PADDED).status == 200
     for _ in range(3):
-        if ends == "declared only":     # a length that is only declared takes nothing
-            with connect(server, sized), connect(server, sized):
-                assert ask(server, "POST", path, data).status == 200
-            continue
-        with connect(server, (chunked + chunk(b"x" * 60000) if ends in ("large", "malformed") else sized + data[:60000])) as sock:
-            if ends == "whole":
-                sock.sendall(data[60000:])
-                assert status_of(sock) == 200
-            elif ends == "large":
-                sock.sendall(chunk(b"x" * 60000))
-                assert status_of(sock) == 413
-            elif ends == "malformed":
-                sock.sendall(b"z\r\n")
-                assert status_of(sock) == 400
-            elif ends == "unread":
-                assert status_of(sock) == 200
-            elif ends == "late":
-                assert status_of(sock) == 408
-            elif ends == "reset":
+        with connect(server, head + begun) as sock:
+            assert begun or accepted(), "a length that is only declared takes nothing"
+            if status == "reset":
                 reset(sock)
-        wait_for(lambda: ask(server, "POST", path, data).status == 200)
+            elif status:
+                sock.sendall(rest)
+                assert status_of(sock) == status
+        wait_for(accepted)
 
 
 # -- pages of other sites
@@ -9837,7 +9796,8 @@ class Replicas:
         """A stream whose upstream keeps all but its first event until .hold is set: the answer, and who has it."""
         self.hold.clear()
         for fake in self.fakes:
-            fake.faults.append(self.slow)
+            first, *rest = fake.events()
+            fake.faulting(fake.steps(fake.head() + chunk(first), self.hold, chunks(*rest)))
         link = self.stack.enter_context(contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.server_port, timeout=20)))
         link.request("POST", "/v1/chat/completions", json.dumps({**BOTH, "stream": True}))
         answer = link.getresponse()
@@ -9845,12 +9805,6 @@ class Replicas:
         idle, = [at for at, fake in enumerate(self.fakes) if fake.faults]
         self.fakes[idle].faults.clear()
         return answer, 1 - idle
-
-    def slow(self, sock, request):
-        first, *rest = self.fakes[0].events()
-        sock.sendall(FakeOpenAI.head() + chunk(first))
-        self.hold.wait(60)
-        sock.sendall(chunks(*rest))
 
     def keep_asking(self, stop, progress):
         while not stop.is_set():
@@ -9902,16 +9856,11 @@ def table_rows(heading):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("| ")]
 
 
-def first_cells(heading):
-    """The names in the first cells of the tables under a heading of the README."""
-    return [name for first, *_ in table_rows(heading) for name in re.findall("`(.*?)`", first)]
-
-
 def test_every_field_of_the_log_is_in_the_readme(log, serve):
     ask(serve(), path="/v1/models")
     wait_for(lambda: any(hasattr(record, "facts") for record in log.records))
     facts, = [record.facts for record in log.records if hasattr(record, "facts")]
-    assert first_cells("The log") == list(facts)
+    assert [name for first, *_ in table_rows("The log") for name in re.findall("`(.*?)`", first)] == list(facts)
 
 
 def test_the_readmes_alerts_are_logged():
@@ -10179,9 +10128,7 @@ def test_a_picture_on_the_page(browser, akash, serve):
 
 def test_a_picture_that_is_not_one(browser, akash, serve):
     akash.chat = PICTURE_LINE
-    real = akash.answer
-    akash.answer = lambda sock, request: (sock.sendall(reply(body=b"<svg xmlns='http://www.w3.org/2000/svg'/>", kind="image/svg+xml"))
-                                          or True) if request.path.startswith("/api/image/") else real(sock, request)
+    akash.answers("/api/image/", akash.raw(reply(body=b"<svg xmlns='http://www.w3.org/2000/svg'/>", kind="image/svg+xml"), keep=True))
     browser.open(serve().url)
     browser.choose("AkashGen")
     browser.run("document.getElementById('field').focus()")
@@ -10847,8 +10794,7 @@ def test_many_items_take_a_time_in_proportion_to_their_number(work, make):
 class Rejoining:
     """A component as it must not be: what it holds is gone through again with each piece."""
 
-    def __init__(self):
-        self.held = b""
+    held = b""
 
     def feed(self, data):
         self.held = (self.held + data).swapcase().rpartition(b"\n")[2]     # swapcase(): so that joining costs more than the call
@@ -11103,23 +11049,17 @@ def test_more_sockets_than_select_takes_are_refused(akash, caplog):
     if limit[1] < 1200:
         pytest.skip("too few descriptors")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(limit[0], 1200), limit[1]))
-    server = SelectServer(akash)
-    taken = []
-    try:
-        with server, link_to(server) as link:
-            assert ask_again(link).status == 200
-            while not taken or taken[-1] < 1024:
-                taken.append(os.dup(0))
-            with connect(server) as sock:
-                assert sock.recv(10) == b"", "refused"
-            assert ask_again(link).status == 200, "the others are served on"
-            for descriptor in taken:
-                os.close(descriptor)
-            taken.clear()
-            assert ask(server).status == 200
-    finally:
-        for descriptor in taken:
-            os.close(descriptor)
+    server, descriptor = SelectServer(akash), 0
+    with contextlib.ExitStack() as taken, server, link_to(server) as link:
+        assert ask_again(link).status == 200
+        while descriptor < 1024:
+            descriptor = os.dup(0)
+            taken.callback(os.close, descriptor)
+        with connect(server) as sock:
+            assert sock.recv(10) == b"", "refused"
+        assert ask_again(link).status == 200, "the others are served on"
+        taken.close()
+        assert ask(server).status == 200
     assert "could not be accepted" in caplog.text
 
 
@@ -11288,32 +11228,28 @@ def test_first_steps_without_a_file(openai_fakes):
 
 
 def test_check_asks_each_controller(openai_fakes, akash, config):
+    def expect(done, *patterns):
+        lines = done.stdout.strip().splitlines()[-len(patterns):]
+        assert all(re.fullmatch(pattern + r", \d+ ms", line) for pattern, line in zip(patterns, lines)), lines
+
     one, two, dead = openai_fakes
     done = run("--check", "--ask", UPSTREAM=f"{one.url}/v1,{two.url}", OPENAI_API_KEY="s3cret")
     assert done.returncode == 0, done
-    lines = done.stdout.strip().splitlines()[-2:]
-    assert re.fullmatch(r"openai: reachable, no key needed, 2 models, \d+ ms", lines[0])
-    assert re.fullmatch(r"openai-2: reachable, no key needed, 1 model, \d+ ms", lines[1])
-    refused = reply(401, b'{"error":{"message":"Incorrect API key provided","code":"invalid_api_key"}}')
-    two.answer = lambda sock, request: sock.sendall(refused)
+    expect(done, r"openai: reachable, no key needed, 2 models", r"openai-2: reachable, no key needed, 1 model")
+    two.answer = two.raw(reply(401, b'{"error":{"message":"Incorrect API key provided","code":"invalid_api_key"}}'))
     path = config({"akash_base_url": akash.url, "controllers": [
         {"name": "chat", "type": "akash"}, {"name": "bad", "base_url": two.url, "api_key": "s3cret"}, {"name": "ours", "type": "echo"},
         {"name": "dead", "base_url": dead}, {"name": "good", "base_url": one.url, "api_key": "s3cret"}]})
     done = run("--check", "--ask", "--config-file", path)
     assert done.returncode == 1 and "s3cret" not in done.stdout + done.stderr
-    chat, bad, ours, gone, good = done.stdout.strip().splitlines()[-5:]
-    assert re.fullmatch(r"chat: reachable, no key needed, \d+ models, \d+ ms", chat)
-    assert bad.startswith("bad: reachable, key rejected: ")
-    assert re.fullmatch(r"dead: not reachable: 127\.0\.0\.1 refused the connection \(check that it runs, and the port\), \d+ ms", gone)
+    expect(done, r"chat: reachable, no key needed, \d+ models", "bad: reachable, key rejected: .*", "ours: reachable, no key needed, 1 model",
+           r"dead: not reachable: 127\.0\.0\.1 refused the connection \(check that it runs, and the port\)", "good: reachable, key accepted, 2 models")
     two.answer = lambda sock, request: time.sleep(20)
     done = run("--check", "--ask", UPSTREAM=f"{two.url}/v1", SESSION_TIMEOUT="0.3")
     assert done.returncode == 1 and "did not answer within 0.3 seconds" in done.stdout
     for answer in (reply(404, b"404 page not found"), reply(200, b"[]"), reply(200, b"<html>", "text/html")):
-        two.answer = lambda sock, request, answer=answer: sock.sendall(answer)
-        done = run("--check", "--ask", UPSTREAM=f"{two.url}/v1/chat")
-        assert re.fullmatch(r"openai: reachable, but lists no models: \w.*\w, \d+ ms", done.stdout.strip().splitlines()[-1])
-    assert re.fullmatch(r"ours: reachable, no key needed, 1 model, \d+ ms", ours)
-    assert re.fullmatch(r"good: reachable, key accepted, 2 models, \d+ ms", good)
+        two.answer = two.raw(answer)
+        expect(run("--check", "--ask", UPSTREAM=f"{two.url}/v1/chat"), r"openai: reachable, but lists no models: \w.*\w")
 
 
 @table({"it has ended": (SIGNED_OUT, 1, ", but its login has ended: set a new cookie"), "it goes on": (signed_in("appSession=two"), 0, ""),
