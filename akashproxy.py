@@ -1670,17 +1670,20 @@ class ConfigFile:
 
     def settings(self) -> Dict[str, Any]:
         """Values of Settings."""
-        data = self.read(self.path)
+        data, known = self.read(self.path), setting_fields(Settings)
         special = {name: data.pop(name) for name in self.SPECIAL_KEYS if name in data}
-        values = self.fields(setting_fields(Settings), data, "", self.SPECIAL_KEYS)
-        port = special.get("port")
+        values = self.fields(known, data, "", self.SPECIAL_KEYS)
+        port, pool = special.get("port"), special.get("pool")
         if port is None and self.is_chatgpt_apiserver(special.get("controllers")):
             port = 8080  # chatgpt-apiserver's default
         if port is not None and "server_address" not in values and not self.environ.get("PORT"):
             with collecting_errors(self.problems, f"{self.path}: port"):
                 values["server_address"] = listen_address(f":{port}")
-        if special.get("pool") is not None:
-            values.update(self.pool_type(special["pool"]))
+        if isinstance(pool, dict):  # chatgpt-apiserver's
+            pool_type = self.fields({"type": known["pool_type"]}, pool, "pool.").get("type")
+            values.update({"pool_type": pool_type} if pool_type else {})
+        elif pool is not None:
+            self.problem("pool", "must be an object")
         if "controllers" in special:
             values["controllers"] = self.controllers(special["controllers"])
         if "keys" in special:
@@ -1694,14 +1697,6 @@ class ConfigFile:
             for item in as_list(controllers)
             for name in ("config", "config_file")
         )
-
-    def pool_type(self, pool: Any) -> Dict[str, Any]:
-        """chatgpt-apiserver's "pool": {"type": ...}."""
-        if not isinstance(pool, dict):
-            self.problem("pool", "must be an object")
-            return {}
-        values = self.fields({"type": setting_fields(Settings)["pool_type"]}, pool, "pool.")
-        return {"pool_type": values["type"]} if values else {}
 
     def controllers(self, items: Any) -> Tuple[ControllerSettings, ...]:
         if not isinstance(items, list) or not items:
@@ -1741,11 +1736,10 @@ class ConfigFile:
 
     def key(self, data: Dict[str, Any], key_path: str) -> Dict[str, Any]:
         """Values of ClientKeySettings."""
-        values = self.fields(setting_fields(ClientKeySettings), data, key_path + ".")
         for name in ("name", "key"):
             if name not in data:
                 self.problem(f"{key_path}.{name}", "is missing")
-        return values
+        return self.fields(setting_fields(ClientKeySettings), data, key_path + ".")
 
     def controller(self, data: Dict[str, Any], key_path: str) -> Dict[str, Any]:
         """Values of ControllerSettings."""
@@ -1796,19 +1790,17 @@ class ConfigFile:
         try:
             with open(path, "rb") as file:
                 data = from_json(file.read())
+            if isinstance(data, dict):
+                return as_dict(self.expand_env(data, key_path))
+            message = "must be a JSON object"
         except OSError as error:
-            message = error.strerror
+            message = str(error.strerror)
         except json.JSONDecodeError as error:
             message = f"line {error.lineno}, column {error.colno}: {error.msg}"
             if path.rpartition(".")[2].lower() in OTHER_FORMATS:
                 message = NOT_JSON
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             message = str(error)
-        else:
-            if isinstance(data, dict):
-                with contextlib.suppress(RecursionError):
-                    return as_dict(self.expand_env(data, key_path))
-            message = "must be a JSON object"
         source = f"{self.path}: {key_path}" if key_path else "configuration"
         self.problems.append(f"{source}: {path}: {message}")
         return {}
@@ -1816,23 +1808,18 @@ class ConfigFile:
     def expand_env(self, value: Any, key_path: str) -> Any:
         """Replace each ${NAME} in the strings of a JSON value by the environment variable."""
         if isinstance(value, dict):
-            return {
-                name: self.expand_env(item, f"{key_path}.{name}".lstrip("."))
-                for name, item in value.items()
-            }
+            prefix = key_path and key_path + "."
+            return {name: self.expand_env(item, prefix + name) for name, item in value.items()}
         if isinstance(value, list):
             return [self.expand_env(item, f"{key_path}[{at}]") for at, item in enumerate(value)]
         if not isinstance(value, str):
             return value
-
-        def replace(match: re.Match[str]) -> str:
-            if not self.environ.get(match[1]):
-                self.problem(key_path, f"the environment variable {match[1]} is not set")
-            return self.environ.get(match[1]) or match[0]
-
+        for name in re.findall(self.VARIABLE, value):
+            if not self.environ.get(name):
+                self.problem(key_path, f"the environment variable {name} is not set")
         if "${" in re.sub(self.VARIABLE, "", value):
             self.problem(key_path, "${ must be followed by the name of an environment variable, }")
-        return re.sub(self.VARIABLE, replace, value)
+        return re.sub(self.VARIABLE, lambda name: self.environ.get(name[1]) or name[0], value)
 
     def fields(
         self, known: Dict[str, Any], data: Dict[str, Any], prefix: str, others: Iterable[str] = ()
@@ -1893,20 +1880,17 @@ def from_text(item: Any, text: str) -> Any:
     pairs = [[side.strip() for side in part.partition("=")[::2]] for part in parts]
     if not all(name and value for name, value in pairs):
         raise ValueError(f"{text!r} is not NAME=VALUE,NAME=VALUE")
-    values: Dict[str, List[str]] = {}
+    values: Dict[str, List[str]] = defaultdict(list)
     for name, value in pairs:
-        values.setdefault(name, []).append(value)
-    return {name: several if len(several) > 1 else several[0] for name, several in values.items()}
+        values[name].append(value)
+    return {name: several if several[1:] else several[0] for name, several in values.items()}
 
 
 def format_value(value: Any) -> str:
     """Format a setting's value; the inverse of from_text()."""
     if isinstance(value, dict):
-        value = [
-            f"{name}={each}"
-            for name, item in value.items()
-            for each in (item if isinstance(item, (list, tuple)) else [item])
-        ]
+        lists = {name: x if isinstance(x, (list, tuple)) else [x] for name, x in value.items()}
+        value = [f"{name}={each}" for name, several in lists.items() for each in several]
     if isinstance(value, (list, tuple)):
         return ",".join(value)
     return "" if value is None else str(value)
