@@ -1097,19 +1097,16 @@ def setting(
     help: str,
     check: Callable[[Any], Any] = lambda value: value,
     secret: Union[bool, Callable[[str], str]] = False,
-    env_alias: str = "",
 ) -> Any:
     """Declare a setting as a dataclass field.
 
-    ``check`` returns the value to use or raises ValueError. ``env_alias`` is a second environment
-    variable. Secrets are redacted in repr() and --check, there by ``secret`` if it is a function.
+    ``check`` returns the value to use or raises ValueError. Secrets are redacted in repr() and
+    --check, there by ``secret`` if it is a function.
     """
-    start: Any = {"default_factory": dict} if default == {} else {"default": default}
-    return field(
-        **start,
-        repr=not secret,
-        metadata={"help": help, "check": check, "secret": secret, "env_alias": env_alias},
-    )
+    metadata = {"help": help, "check": check, "secret": secret}
+    if default == {}:
+        return field(default_factory=dict, repr=not secret, metadata=metadata)
+    return field(default=default, repr=not secret, metadata=metadata)
 
 
 # Checks: each returns the value to use, or raises ValueError.
@@ -1127,6 +1124,7 @@ def require(is_valid: Callable[[Any], Any], message: str) -> Callable[[Any], Any
 
 
 positive = require(lambda value: value > 0, "must be greater than 0")
+not_empty = require(bool, "must not be empty")  # an empty token admits clients that send none
 controller_name = require(  # which is sent in a header
     re.compile("[A-Za-z0-9._-]{0,64}").fullmatch,
     "only letters, digits, '.', '_' and '-' are allowed, at most 64",
@@ -1224,16 +1222,15 @@ def environment_proxies(environ: Dict[str, str], problems: List[str]) -> Dict[st
     As with curl, lower case takes precedence and a proxy without a scheme is an HTTP proxy.
     Other kinds of proxies are added to ``problems``.
     """
-    proxies = {}
-    for name in ("https_proxy", "http_proxy", "all_proxy", "no_proxy"):
-        value = environ.get(name) or environ.get(name.upper(), "")
+    names = ("https_proxy", "http_proxy", "all_proxy", "no_proxy")
+    proxies = {name: environ.get(name) or environ.get(name.upper(), "") for name in names}
+    for name, value in proxies.items():
         if value and name != "no_proxy":
-            value = value if "://" in value else f"http://{value}"
+            proxies[name] = value if "://" in value else f"http://{value}"
             try:
-                proxy_url(value)
+                proxy_url(proxies[name])
             except ValueError as error:
                 problems.append(f"{name.upper()}: {error}; PROXY=none ignores it")
-        proxies[name] = value
     return proxies
 
 
@@ -1266,17 +1263,6 @@ def web_origin(text: str) -> str:
     if not match:
         raise ValueError(f"{text!r} is not an origin such as https://example.com")
     return match[1]
-
-
-def nonempty(check: Callable[[str], str]) -> Callable[[str], str]:
-    """Make a check reject "" too; an empty token would admit clients that send none."""
-
-    def check_nonempty(text: str) -> str:
-        if not text:
-            raise ValueError("must not be empty")
-        return check(text)
-
-    return check_nonempty
 
 
 def additional_headers(headers: Dict[str, str]) -> Dict[str, str]:
@@ -1320,7 +1306,7 @@ def alias_targets(aliases: Dict[str, Any]) -> Dict[str, Any]:
 
 
 class ValidatedSettings:
-    """Base of dataclasses whose fields are checked on creation. Raises ConfigError.
+    """Base of dataclasses whose fields are checked on creation: ConfigError.
 
     Lists are accepted where a tuple is declared.
     """
@@ -1362,64 +1348,46 @@ class ValidatedSettings:
 class ControllerSettings(ValidatedSettings):
     """Settings of one controller: an object in the configuration's ``controllers``."""
 
+    # fmt: off
     type: str = setting("openai", "openai, akash or echo")
-    name: str = setting(
-        "", "its name in logs, /status and X-Akashproxy-Route; default: its type", controller_name
-    )
+    name: str = setting("",
+        "its name in logs, /status and X-Akashproxy-Route; default: its type", controller_name)
     weight: float = setting(1.0, "share of requests, relative to the other weights; 0: off")
     priority: int = setting(1, "failover group: 2 is used only while none of group 1 is available")
-    base_url: str = setting(
-        "", "the upstream's URL; default: https://api.openai.com/v1, or AKASH_BASE_URL", http_url
-    )
-    api_key: str = setting(
-        "",
+    base_url: str = setting("",
+        "the upstream's URL; default: https://api.openai.com/v1, or AKASH_BASE_URL", http_url)
+    api_key: str = setting("",
         "the upstream's key; default: OPENAI_API_KEY for OpenAI's own host, AKASH_ACCESS_TOKEN for "
-        "AKASH_BASE_URL's",
-        header_value,
-        secret=True,
-    )
-    cookie: str = setting(
-        "",
+        "AKASH_BASE_URL's", header_value, secret=True)
+    cookie: str = setting("",
         "cookie to send to the upstream: NAME=VALUE; default: AKASH_COOKIE for AKASH_BASE_URL's",
-        header_value,
-        secret=True,
-    )
-    proxy: str = setting(
-        "", "proxy to the upstream; default: PROXY", proxy_url, secret=without_password
-    )
-    headers: Dict[str, str] = setting(
-        {}, "additional request headers", additional_headers, secret=True
-    )
-    models: Tuple[str, ...] = setting(
-        (), "names or patterns of the models it serves; default: those its /v1/models lists"
-    )
+        header_value, secret=True)
+    proxy: str = setting("",
+        "proxy to the upstream; default: PROXY", proxy_url, secret=without_password)
+    headers: Dict[str, str] = setting({},
+        "additional request headers", additional_headers, secret=True)
+    models: Tuple[str, ...] = setting((),
+        "names or patterns of the models it serves; default: those its /v1/models lists")
     model_map: Dict[str, str] = setting({}, "the upstream's model name by the client's")
-    drop: Tuple[str, ...] = setting(
-        (), "request parameters to remove, also within messages, for upstreams that reject them"
-    )
+    drop: Tuple[str, ...] = setting((),
+        "request parameters to remove, also within messages, for upstreams that reject them")
     rename: Dict[str, str] = setting({}, "request parameters to send under another name")
     set: Dict[str, Any] = setting({}, "request parameters of chats to set, after drop and rename")
-    system_messages: str = setting(
-        "first",
+    system_messages: str = setting("first",
         "where Messages and Responses put later system messages: first (merged) or user (text)",
-        one_of("first", "user"),
-    )
-    paths: Tuple[str, ...] = setting(
-        (),
-        "patterns of the paths to relay unchanged; default: all but /v1/messages and /v1/responses",
-    )
+        one_of("first", "user"))
+    paths: Tuple[str, ...] = setting((),
+        "patterns of the paths to relay unchanged; default: all but /v1/messages and /v1/responses")
     max_concurrency: int = setting(0, "concurrent requests; 0: unlimited")
-    tools: str = setting(
-        "",
+    tools: str = setting("",
         "tool calls: native (relayed), prompt (as text, for models without them) or refuse; "
-        "default: native, for akash refuse",
-        one_of("native", "prompt", "refuse"),
-    )
+        "default: native, for akash refuse", one_of("native", "prompt", "refuse"))
     context_overflow: str = setting("", "overrides CONTEXT_OVERFLOW", one_of("warn", "refuse"))
     speed: float = setting(50.0, "words per second of an echo controller; 0: unlimited")
     connect_timeout: Optional[float] = setting(None, "overrides CONNECT_TIMEOUT", positive)
     first_byte_timeout: Optional[float] = setting(None, "overrides FIRST_BYTE_TIMEOUT", positive)
     idle_timeout: Optional[float] = setting(None, "overrides IDLE_TIMEOUT", positive)
+    # fmt: on
     key_source: str = field(default="", compare=False)  # origin of api_key, for --check
     proxy_source: str = field(default="", compare=False)  # origin of proxy, for --check
 
@@ -1428,18 +1396,17 @@ class ControllerSettings(ValidatedSettings):
 class ClientKeySettings(ValidatedSettings):
     """Settings of one client key: an object in the configuration's ``keys``."""
 
-    name: str = setting(
-        dataclasses.MISSING,
+    # fmt: off
+    name: str = setting(dataclasses.MISSING,
         "the owner's name, in the log, /status and /metrics",
-        nonempty(controller_name),
-    )
-    key: str = setting(
-        dataclasses.MISSING, "the token that the client sends", nonempty(header_value), secret=True
-    )
+        lambda text: controller_name(not_empty(text)))
+    key: str = setting(dataclasses.MISSING,
+        "the token that the client sends", lambda text: header_value(not_empty(text)), secret=True)
     models: Tuple[str, ...] = setting((), "names or patterns of the allowed models; default: all")
     requests_per_minute: int = setting(0, "model calls per minute; 0: unlimited")
     max_concurrency: int = setting(0, "concurrent model calls; 0: unlimited")
     refuse_fields: Tuple[str, ...] = setting((), "body fields that requests must not contain")
+    # fmt: on
 
 
 @dataclass(frozen=True)
@@ -1450,157 +1417,98 @@ class Settings(ValidatedSettings):
     configuration file "max_wait".
     """
 
-    server_address: str = setting(
-        "localhost:16571", "address to listen on: HOST:PORT, :PORT or [V6]:PORT", listen_address
-    )
-    config_file: str = setting(
-        "",
-        "file with settings and controllers; default: the first one found",
-        env_alias="CHATGPT_APISERVER_CONFIG_FILE",
-    )
-    config_path: str = setting(
-        "",
-        "directory to search for that file, instead of the default ones",
-        env_alias="CHATGPT_APISERVER_CONFIG_PATH",
-    )
-    upstream: Tuple[str, ...] = setting(
-        (),
+    # fmt: off
+    server_address: str = setting("localhost:16571",
+        "address to listen on: HOST:PORT, :PORT or [V6]:PORT", listen_address)
+    config_file: str = setting("",
+        "file with settings and controllers; default: the first one found")
+    config_path: str = setting("", "directory to search for that file, instead of the default ones")
+    upstream: Tuple[str, ...] = setting((),
         "URLs of OpenAI-compatible upstreams, comma-separated, instead of a file's controllers; "
         "openai: OPENAI_BASE_URL or OpenAI's own, with OPENAI_API_KEY",
-        lambda text: text if text == "openai" else http_url(text),
-    )
-    pool_type: str = setting(
-        "balanced",
+        lambda text: text if text == "openai" else http_url(text))
+    pool_type: str = setting("balanced",
         "how a controller is chosen: balanced, random, least_busy or affinity (by conversation)",
-        one_of("balanced", "random", "least_busy", "affinity"),
-        env_alias="CHATGPT_APISERVER_POOL_TYPE",
-    )
-    max_wait: float = setting(
-        3.0, "seconds a request may wait while all controllers are cooling down or busy"
-    )
-    model_aliases: Dict[str, Any] = setting(
-        {},
+        one_of("balanced", "random", "least_busy", "affinity"))
+    max_wait: float = setting(3.0,
+        "seconds a request may wait while all controllers are cooling down or busy")
+    model_aliases: Dict[str, Any] = setting({},
         "model aliases, which may be patterns, and their targets: ALIAS=MODEL,ALIAS=MODEL; an "
-        "alias that is repeated has several, to be tried in order",
-        alias_targets,
-    )
-    context_overflow: str = setting(
-        "warn",
+        "alias that is repeated has several, to be tried in order", alias_targets)
+    context_overflow: str = setting("warn",
         "if Akash Chat would leave out the beginning of a long conversation: warn (a header) or "
-        "refuse (400)",
-        one_of("warn", "refuse"),
-    )
-    tools_prompt: str = setting(
-        "",
+        "refuse (400)", one_of("warn", "refuse"))
+    tools_prompt: str = setting("",
         "instruction for tools as text, in which {tools} and {call} stand for the functions and "
         "the form of a call; default: a built-in one",
-        require(
-            lambda text: "{tools}" in text and "{call}" in text, "must contain {tools} and {call}"
-        ),
-    )
-    akash_base_url: str = setting(
-        "https://chat.akash.network", "URL of the Akash Chat server", http_url
-    )
-    bearer_token: Tuple[str, ...] = setting(
-        (),
+        require(lambda text: "{tools}" in text and "{call}" in text,
+                "must contain {tools} and {call}"))
+    akash_base_url: str = setting("https://chat.akash.network",
+        "URL of the Akash Chat server", http_url)
+    bearer_token: Tuple[str, ...] = setting((),
         "tokens that clients may use, comma-separated; default: no token is needed",
-        nonempty(header_value),
-        secret=True,
-    )
-    akash_access_token: str = setting(
-        "", "access token of a protected Akash Chat server", header_value, secret=True
-    )
-    akash_cookie: str = setting(
-        "",
-        "cookie to send to Akash Chat along with the session's: NAME=VALUE",
-        header_value,
-        secret=True,
-    )
-    user_agent: str = setting(
-        f"akashproxy/{__version__}", "User-Agent sent to upstreams", header_value
-    )
-    proxy: str = setting(
-        "",
+        lambda text: header_value(not_empty(text)), secret=True)
+    akash_access_token: str = setting("",
+        "access token of a protected Akash Chat server", header_value, secret=True)
+    akash_cookie: str = setting("",
+        "cookie to send to Akash Chat along with the session's: NAME=VALUE", header_value,
+        secret=True)
+    user_agent: str = setting(f"akashproxy/{__version__}",
+        "User-Agent sent to upstreams", header_value)
+    proxy: str = setting("",
         "proxy to all upstreams: http://, socks5:// or socks5h://[USER:PASSWORD@]HOST:PORT, or "
-        "none; default: HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY",
-        proxy_url,
-        secret=without_password,
-    )
-    ca_file: str = setting(
-        "", "file with additional CA certificates for TLS to upstreams", ca_bundle
-    )
-    public_url: str = setting(
-        "", "URL of this server for clients; default: from their Host header", http_url
-    )
+        "none; default: HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY", proxy_url,
+        secret=without_password)
+    ca_file: str = setting("",
+        "file with additional CA certificates for TLS to upstreams", ca_bundle)
+    public_url: str = setting("",
+        "URL of this server for clients; default: from their Host header", http_url)
     path_prefix: str = setting("", "path before all others, such as /secret", path_prefix)
-    trusted_proxies: Tuple[str, ...] = setting(
-        ("127.0.0.0/8", "::1/128"),
+    trusted_proxies: Tuple[str, ...] = setting(("127.0.0.0/8", "::1/128"),
         "addresses or networks of reverse proxies whose X-Forwarded-For, -Host, -Prefix and -Proto "
-        "are used in links and the log",
-        lambda text: str(ipaddress.ip_network(text, strict=False)),
-    )
+        "are used in links and the log", lambda text: str(ipaddress.ip_network(text, strict=False)))
     page: str = setting("on", "chat page at /: on or off", one_of("on", "off"))
-    metrics: str = setting(
-        "on",
+    metrics: str = setting("on",
         "Prometheus metrics at /metrics: on, public (without a token) or off",
-        one_of("on", "public", "off"),
-    )
-    cors_origins: Tuple[str, ...] = setting(
-        (),
-        "origins whose pages may use this server, comma-separated, * for all; "
-        "default: all if a token is needed, else local ones",
-        web_origin,
-    )
-    connect_timeout: float = setting(
-        10.0, "seconds to connect to an upstream, handshakes included", positive
-    )
-    session_timeout: float = setting(
-        15.0, "seconds for an upstream to send a session, model list or image state", positive
-    )
-    first_byte_timeout: float = setting(
-        300.0, "seconds until an answer's first text, reasoning or tool call", positive
-    )
+        one_of("on", "public", "off"))
+    cors_origins: Tuple[str, ...] = setting((),
+        "origins whose pages may use this server, comma-separated, * for all; default: all if a "
+        "token is needed, else local ones", web_origin)
+    connect_timeout: float = setting(10.0,
+        "seconds to connect to an upstream, handshakes included", positive)
+    session_timeout: float = setting(15.0,
+        "seconds for an upstream to send a session, model list or image state", positive)
+    first_byte_timeout: float = setting(300.0,
+        "seconds until an answer's first text, reasoning or tool call", positive)
     idle_timeout: float = setting(120.0, "seconds without data within an answer", positive)
     image_timeout: float = setting(300.0, "seconds to generate an image", positive)
-    image_poll: float = setting(
-        0.5, "seconds until an image's state is first polled; later intervals are longer", positive
-    )
+    image_poll: float = setting(0.5,
+        "seconds until an image's state is first polled; later intervals are longer", positive)
     models_ttl: float = setting(600.0, "seconds a model list is cached")
     head_timeout: float = setting(10.0, "seconds to receive a request's head", positive)
     body_timeout: float = setting(60.0, "seconds to receive a request's body", positive)
-    write_timeout: float = setting(
-        60.0, "seconds for a client to read each part of a response", positive
-    )
-    keepalive_timeout: float = setting(
-        75.0, "seconds after which an idle client connection is closed", positive
-    )
+    write_timeout: float = setting(60.0,
+        "seconds for a client to read each part of a response", positive)
+    keepalive_timeout: float = setting(75.0,
+        "seconds after which an idle client connection is closed", positive)
     max_body: int = setting(32 << 20, "largest request body, in bytes")
-    max_body_total: int = setting(
-        256 << 20, "total of all request bodies being received, in bytes; 503 above it", positive
-    )
+    max_body_total: int = setting(256 << 20,
+        "total of all request bodies being received, in bytes; 503 above it", positive)
     max_connections: int = setting(10000, "client connections at a time; further ones get a 503")
-    heartbeat: float = setting(
-        15.0, "seconds without data in a stream after which a ping is sent", positive
-    )
-    pings: str = setting(
-        "comment",
-        "form of a ping: comment, chunk (an empty one) or off",
-        one_of("comment", "chunk", "off"),
-    )
-    workers: int = setting(
-        1,
+    heartbeat: float = setting(15.0,
+        "seconds without data in a stream after which a ping is sent", positive)
+    pings: str = setting("comment",
+        "form of a ping: comment, chunk (an empty one) or off", one_of("comment", "chunk", "off"))
+    workers: int = setting(1,
         'always 1; to use more cores, see "Several processes" in the README',
-        require(
-            lambda value: value == 1,
-            "must be 1: to use more cores, run several processes behind one address; see "
-            '"Several processes" in the README',
-        ),
-    )
+        require(lambda value: value == 1,
+                "must be 1: to use more cores, run several processes behind one address; see "
+                '"Several processes" in the README'))
     grace: float = setting(7.0, "seconds for running requests to finish after SIGTERM")
     log_format: str = setting("text", "text or json", one_of("text", "json"))
-    log_level: str = setting(
-        "info", "debug, info, warning or error", one_of("debug", "info", "warning", "error")
-    )
+    log_level: str = setting("info",
+        "debug, info, warning or error", one_of("debug", "info", "warning", "error"))
+    # fmt: on
     environment_proxies: Dict[str, str] = field(default_factory=dict, repr=False)
     # In a configuration file only.
     controllers: Tuple[ControllerSettings, ...] = ()  # (): one Akash Chat server
@@ -1617,17 +1525,15 @@ class Settings(ValidatedSettings):
         overrides: Dict[str, Any] = {}
         for name, item in setting_fields(cls).items():
             flag = (flags or {}).get(name)
-            names = name.upper(), item.metadata["env_alias"]
-            variable = next(filter(environ.get, names), "")
+            variable = next(filter(environ.get, (name.upper(), APISERVER + name.upper())), "")
             source = variable if flag is None else flag_name(item)
             if source:
                 text = environ[variable] if flag is None else flag
                 with collecting_errors(problems, source):
                     overrides[name] = validate(item, from_text(item, text))
-        if environ.get("CHATGPT_APISERVER_PORT") and "server_address" not in overrides:
-            with collecting_errors(problems, "CHATGPT_APISERVER_PORT"):
-                port = environ["CHATGPT_APISERVER_PORT"]
-                overrides["server_address"] = listen_address(f":{port}")
+        if environ.get(APISERVER + "PORT") and "server_address" not in overrides:
+            with collecting_errors(problems, APISERVER + "PORT"):
+                overrides["server_address"] = listen_address(":" + environ[APISERVER + "PORT"])
         path = overrides["config_file"] = find_config(
             overrides.get("config_file", ""), overrides.get("config_path", ""), problems
         )
@@ -1651,10 +1557,10 @@ class Settings(ValidatedSettings):
         pool: List[ControllerSettings] = []
         upstreams = [upstream_options(url, {}, []) for url in self.upstream]
         for options in self.controllers or upstreams or [ControllerSettings(type="akash")]:
-            taken = {other.name for other in pool}
-            base = options.name or options.type
-            names = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))
-            name = next(name for name in names if name not in taken)
+            name = base = options.name or options.type
+            numbers = itertools.count(2)
+            while any(name == other.name for other in pool):
+                name = f"{base}-{next(numbers)}"
             pool.append(dataclasses.replace(options, name=name, **self._defaults(options)))
         return pool
 
@@ -1689,6 +1595,7 @@ class Settings(ValidatedSettings):
 
 
 OPENAI_URL = "https://api.openai.com/v1"
+APISERVER = "CHATGPT_APISERVER_"  # chatgpt-apiserver's prefix of the same environment variables
 
 
 def is_openai_server(url: str) -> bool:
@@ -1763,17 +1670,20 @@ class ConfigFile:
 
     def settings(self) -> Dict[str, Any]:
         """Values of Settings."""
-        data = self.read(self.path)
+        data, known = self.read(self.path), setting_fields(Settings)
         special = {name: data.pop(name) for name in self.SPECIAL_KEYS if name in data}
-        values = self.fields(setting_fields(Settings), data, "", self.SPECIAL_KEYS)
-        port = special.get("port")
+        values = self.fields(known, data, "", self.SPECIAL_KEYS)
+        port, pool = special.get("port"), special.get("pool")
         if port is None and self.is_chatgpt_apiserver(special.get("controllers")):
             port = 8080  # chatgpt-apiserver's default
         if port is not None and "server_address" not in values and not self.environ.get("PORT"):
             with collecting_errors(self.problems, f"{self.path}: port"):
                 values["server_address"] = listen_address(f":{port}")
-        if special.get("pool") is not None:
-            values.update(self.pool_type(special["pool"]))
+        if isinstance(pool, dict):  # chatgpt-apiserver's
+            pool_type = self.fields({"type": known["pool_type"]}, pool, "pool.").get("type")
+            values.update({"pool_type": pool_type} if pool_type else {})
+        elif pool is not None:
+            self.problem("pool", "must be an object")
         if "controllers" in special:
             values["controllers"] = self.controllers(special["controllers"])
         if "keys" in special:
@@ -1787,14 +1697,6 @@ class ConfigFile:
             for item in as_list(controllers)
             for name in ("config", "config_file")
         )
-
-    def pool_type(self, pool: Any) -> Dict[str, Any]:
-        """chatgpt-apiserver's "pool": {"type": ...}."""
-        if not isinstance(pool, dict):
-            self.problem("pool", "must be an object")
-            return {}
-        values = self.fields({"type": setting_fields(Settings)["pool_type"]}, pool, "pool.")
-        return {"pool_type": values["type"]} if values else {}
 
     def controllers(self, items: Any) -> Tuple[ControllerSettings, ...]:
         if not isinstance(items, list) or not items:
@@ -1834,11 +1736,10 @@ class ConfigFile:
 
     def key(self, data: Dict[str, Any], key_path: str) -> Dict[str, Any]:
         """Values of ClientKeySettings."""
-        values = self.fields(setting_fields(ClientKeySettings), data, key_path + ".")
         for name in ("name", "key"):
             if name not in data:
                 self.problem(f"{key_path}.{name}", "is missing")
-        return values
+        return self.fields(setting_fields(ClientKeySettings), data, key_path + ".")
 
     def controller(self, data: Dict[str, Any], key_path: str) -> Dict[str, Any]:
         """Values of ControllerSettings."""
@@ -1889,19 +1790,17 @@ class ConfigFile:
         try:
             with open(path, "rb") as file:
                 data = from_json(file.read())
+            if isinstance(data, dict):
+                return as_dict(self.expand_env(data, key_path))
+            message = "must be a JSON object"
         except OSError as error:
-            message = error.strerror
+            message = str(error.strerror)
         except json.JSONDecodeError as error:
             message = f"line {error.lineno}, column {error.colno}: {error.msg}"
             if path.rpartition(".")[2].lower() in OTHER_FORMATS:
                 message = NOT_JSON
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             message = str(error)
-        else:
-            if isinstance(data, dict):
-                with contextlib.suppress(RecursionError):
-                    return as_dict(self.expand_env(data, key_path))
-            message = "must be a JSON object"
         source = f"{self.path}: {key_path}" if key_path else "configuration"
         self.problems.append(f"{source}: {path}: {message}")
         return {}
@@ -1909,23 +1808,18 @@ class ConfigFile:
     def expand_env(self, value: Any, key_path: str) -> Any:
         """Replace each ${NAME} in the strings of a JSON value by the environment variable."""
         if isinstance(value, dict):
-            return {
-                name: self.expand_env(item, f"{key_path}.{name}".lstrip("."))
-                for name, item in value.items()
-            }
+            prefix = key_path and key_path + "."
+            return {name: self.expand_env(item, prefix + name) for name, item in value.items()}
         if isinstance(value, list):
             return [self.expand_env(item, f"{key_path}[{at}]") for at, item in enumerate(value)]
         if not isinstance(value, str):
             return value
-
-        def replace(match: re.Match[str]) -> str:
-            if not self.environ.get(match[1]):
-                self.problem(key_path, f"the environment variable {match[1]} is not set")
-            return self.environ.get(match[1]) or match[0]
-
+        for name in re.findall(self.VARIABLE, value):
+            if not self.environ.get(name):
+                self.problem(key_path, f"the environment variable {name} is not set")
         if "${" in re.sub(self.VARIABLE, "", value):
             self.problem(key_path, "${ must be followed by the name of an environment variable, }")
-        return re.sub(self.VARIABLE, replace, value)
+        return re.sub(self.VARIABLE, lambda name: self.environ.get(name[1]) or name[0], value)
 
     def fields(
         self, known: Dict[str, Any], data: Dict[str, Any], prefix: str, others: Iterable[str] = ()
@@ -1986,20 +1880,17 @@ def from_text(item: Any, text: str) -> Any:
     pairs = [[side.strip() for side in part.partition("=")[::2]] for part in parts]
     if not all(name and value for name, value in pairs):
         raise ValueError(f"{text!r} is not NAME=VALUE,NAME=VALUE")
-    values: Dict[str, List[str]] = {}
+    values: Dict[str, List[str]] = defaultdict(list)
     for name, value in pairs:
-        values.setdefault(name, []).append(value)
-    return {name: several if len(several) > 1 else several[0] for name, several in values.items()}
+        values[name].append(value)
+    return {name: several if several[1:] else several[0] for name, several in values.items()}
 
 
 def format_value(value: Any) -> str:
     """Format a setting's value; the inverse of from_text()."""
     if isinstance(value, dict):
-        value = [
-            f"{name}={each}"
-            for name, item in value.items()
-            for each in (item if isinstance(item, (list, tuple)) else [item])
-        ]
+        lists = {name: x if isinstance(x, (list, tuple)) else [x] for name, x in value.items()}
+        value = [f"{name}={each}" for name, several in lists.items() for each in several]
     if isinstance(value, (list, tuple)):
         return ",".join(value)
     return "" if value is None else str(value)
