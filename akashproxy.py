@@ -2073,7 +2073,7 @@ def find_head_end(buffer: Union[bytes, bytearray], scan_from: int = 0) -> int:
         raise ProtocolError("the head is too large", 431)
     if end >= 0 or not buffer or buffer == b"\r":
         return end
-    is_foreign = b"HTTP/" not in buffer and buffer.find(b"\r\n", scan_from) >= 0
+    is_foreign = buffer.find(b"\r\n", scan_from) >= 0 and b"HTTP/" not in buffer
     is_text = 32 < buffer[0] < 127
     if is_foreign or not is_text or _BARE_BREAK.search(buffer, scan_from):
         raise ProtocolError("this is not HTTP/1.1")
