@@ -1964,7 +1964,7 @@ def find_head_end(buffer: Union[bytes, bytearray], scan_from: int = 0) -> int:
         raise ProtocolError("the head is too large", 431)
     if end >= 0 or not buffer or buffer == b"\r":
         return end
-    is_foreign = b"HTTP/" not in buffer and buffer.find(b"\r\n", scan_from) >= 0
+    is_foreign = buffer.find(b"\r\n", scan_from) >= 0 and b"HTTP/" not in buffer
     is_text = 32 < buffer[0] < 127
     if is_foreign or not is_text or _BARE_BREAK.search(buffer, scan_from):
         raise ProtocolError("this is not HTTP/1.1")
@@ -10577,7 +10577,6 @@ class Connection:
         self.input = bytearray()  # received, not yet parsed
         self.output = bytearray()  # to be sent
         self.room = threading.Condition()  # guards ``output`` and CLOSED; notified by each flush()
-        self.scan_from = 0  # the part of ``input`` before it does not contain the head's end
         self.request: Optional[Request] = None  # being read or answered
         self.on_drained: Optional[Callback] = None  # called once all output is sent
         self.pipelined = False  # the next request or EOF has come: nothing more is read
@@ -10609,35 +10608,34 @@ class Connection:
             if not data or self.linger_budget <= 0:
                 self.close()
         elif data:
+            scanned = len(self.input)  # no head ends within these bytes
             self.input += data
-            self._advance()
+            self._advance(scanned)
         elif self.input or self.request is not None:
             part = "head" if self.request is None else "body"
             self._dispatch(ProtocolError(f"the connection ended within a {part}"))
         else:
             self.close()
 
-    def _advance(self) -> None:
+    def _advance(self, scanned: int = 0) -> None:
         """Parse ``input``: head, gate, body; then dispatch the request to a worker."""
         try:
-            request = self.request or self._read_head()
+            request = self.request or self._read_head(scanned)
             if request is not None and self._read_body(request):
                 self._dispatch()
         except (ProtocolError, APIError) as error:
             self._dispatch(error)
 
-    def _read_head(self) -> Optional[Request]:
+    def _read_head(self, scanned: int) -> Optional[Request]:
         """Parse the head and pass it through the gate; None while it is incomplete."""
         while self.input.startswith(b"\r\n"):  # RFC 9112, 2.2: skip empty lines before a request
             del self.input[:2]
-        end = find_head_end(self.input, self.scan_from)
+        end = find_head_end(self.input, max(0, scanned - 3))
         if end < 0:
-            self.scan_from = max(0, len(self.input) - 3)
             if self.state is IDLE:
                 self.state = READING
                 self.set_deadline(self.server.settings.head_timeout)
             return None
-        self.scan_from = 0
         self.request = request = Request(self)
         head = bytes(self.input[:end])
         del self.input[: end + 4]
