@@ -1525,15 +1525,17 @@ class Settings(ValidatedSettings):
         overrides: Dict[str, Any] = {}
         for name, item in setting_fields(cls).items():
             flag = (flags or {}).get(name)
-            variable = next(filter(environ.get, (name.upper(), APISERVER + name.upper())), "")
+            names = (name.upper(), APISERVER_VARIABLES.get(name, ""))
+            variable = next(filter(environ.get, names), "")
             source = variable if flag is None else flag_name(item)
             if source:
                 text = environ[variable] if flag is None else flag
                 with collecting_errors(problems, source):
                     overrides[name] = validate(item, from_text(item, text))
-        if environ.get(APISERVER + "PORT") and "server_address" not in overrides:
-            with collecting_errors(problems, APISERVER + "PORT"):
-                overrides["server_address"] = listen_address(":" + environ[APISERVER + "PORT"])
+        if environ.get("CHATGPT_APISERVER_PORT") and "server_address" not in overrides:
+            with collecting_errors(problems, "CHATGPT_APISERVER_PORT"):
+                port = environ["CHATGPT_APISERVER_PORT"]
+                overrides["server_address"] = listen_address(f":{port}")
         path = overrides["config_file"] = find_config(
             overrides.get("config_file", ""), overrides.get("config_path", ""), problems
         )
@@ -1595,7 +1597,10 @@ class Settings(ValidatedSettings):
 
 
 OPENAI_URL = "https://api.openai.com/v1"
-APISERVER = "CHATGPT_APISERVER_"  # chatgpt-apiserver's prefix of the same environment variables
+APISERVER_VARIABLES = {  # chatgpt-apiserver's names
+    name: f"CHATGPT_APISERVER_{name.upper()}"
+    for name in ("config_file", "config_path", "pool_type")
+}
 
 
 def is_openai_server(url: str) -> bool:
@@ -11406,12 +11411,8 @@ class KeyLimiter:
 
     def status(self) -> Dict[str, Any]:
         """Return the key's entry in /status."""
-        return {
-            "name": self.name,
-            "in_flight": self.in_flight,
-            "requests": self.requests,
-            "refused": self.rejected,
-        }
+        counts = {"in_flight": self.in_flight, "requests": self.requests}
+        return {"name": self.name, **counts, "refused": self.rejected}
 
 
 # {name: (help, label, ...)}; a counter's name ends in "_total", and no other one. Label values come
@@ -11502,9 +11503,8 @@ class Metrics:
                 counts["akashproxy_streams_broken_off_total", controller] += 1
             model = self.model_label(call.model)
             counts["akashproxy_model_requests_total", model] += 1
-            self.observe(
-                "akashproxy_request_duration_seconds", controller, now - request.started_at
-            )
+            seconds = now - request.started_at
+            self.observe("akashproxy_request_duration_seconds", controller, seconds)
             if call.stream and controller and is_event_stream(call.attempt.content_type):
                 self._add_stream_times(request, now)
             if record.usage:
@@ -11514,9 +11514,8 @@ class Metrics:
         """Add the durations of a stream to the histograms. The caller holds the lock."""
         record, usage = request.record, request.record.usage or {}
         controller, first = record.controller, record.first_token_at
-        self.observe(
-            "akashproxy_time_to_first_token_seconds", controller, first - request.started_at
-        )
+        seconds = first - request.started_at
+        self.observe("akashproxy_time_to_first_token_seconds", controller, seconds)
         tokens = usage.get("completion_tokens") or 0
         if tokens > 1 and not is_estimated(usage):
             seconds = (now - first) / (tokens - 1)
@@ -12972,12 +12971,10 @@ class DemoAkash(http.server.BaseHTTPRequestHandler):
     def _image_status(self, job: str) -> Dict[str, Any]:
         """Return the next status of an image job: waiting twice, pending, succeeded."""
         self.jobs[job] = count = self.jobs.get(job, 0) + 1
-        return {
-            "job_id": job,
-            "status": "waiting" if count < 3 else "pending" if count == 3 else "succeeded",
-            "queue_position": max(0, 3 - count),
-            "result": f"/api/image/job_{job[:8]}_00001_.png" if count > 3 else None,
-        }
+        status = ("waiting", "waiting", "pending", "succeeded")[min(count, 4) - 1]
+        result = f"/api/image/job_{job[:8]}_00001_.png" if status == "succeeded" else None
+        position = max(0, 3 - count)
+        return {"job_id": job, "status": status, "queue_position": position, "result": result}
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -13080,19 +13077,11 @@ class DemoServer(http.server.ThreadingHTTPServer):
 
 
 def demo_image(seed: str) -> bytes:
-    """Return a small PNG: rings in two colours derived from the seed."""
-    size, tint = 96, binascii.crc32(seed.encode())
-    colours = [bytes((tint >> shift & 255, 90 + shift * 5, 255)) for shift in (0, 16)]
-    pixels = b"".join(
-        (b"" if x else b"\0") + colours[int(math.hypot(x - size / 2, y - size / 2)) // 8 % 2]
-        for y in range(size)
-        for x in range(size)
-    )
-    chunks = (
-        b"IHDR" + size.to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0",
-        b"IDAT" + zlib.compress(pixels),
-        b"IEND",
-    )
+    """Return a small PNG: stripes whose colour is derived from the seed."""
+    size, tint = 96, binascii.crc32(seed.encode()) & 255
+    rows = [b"\0" + bytes((tint, 90 + y // 8 % 2 * 80, 255)) * size for y in range(size)]
+    header = b"IHDR" + size.to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+    chunks = (header, b"IDAT" + zlib.compress(b"".join(rows)), b"IEND")
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         (len(chunk) - 4).to_bytes(4, "big") + chunk + binascii.crc32(chunk).to_bytes(4, "big")
         for chunk in chunks
@@ -13972,45 +13961,40 @@ class LogWriter(logging.Handler):
         super().__init__()
         self.descriptor = descriptor
         self.lines: SimpleQueue[Any] = SimpleQueue()  # bytes, or an Event of flush()
-        self.dropped, self.count_lock = 0, threading.Lock()
+        self.dropped = 0  # lines that the queue had no room for
         threading.Thread(target=self.write_all, name="akashproxy log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Queue a line. The caller, logging's handle(), holds the handler's lock."""
         try:
             if self.lines.qsize() < self.SIZE:
-                self.lines.put((self.format(record) + "\n").encode("utf-8", "backslashreplace"))
+                self.lines.put(self.encode(record))
             else:
-                self.drop(1)
+                self.dropped += 1
         except Exception:
             self.handleError(record)
 
-    def drop(self, count: int) -> None:
-        with self.count_lock:
-            self.dropped += count
+    def encode(self, record: logging.LogRecord) -> bytes:
+        return (self.format(record) + "\n").encode("utf-8", "backslashreplace")
 
     def write_all(self) -> None:
+        failed = logged = 0  # lines that couldn't be written; lost lines that the log mentions
         while True:
             batch = [self.lines.get()]
             time.sleep(self.DELAY)
             while len(batch) < self.MAX_BATCH and not self.lines.empty():
                 batch.append(self.lines.get())
             unwritten = self.write(b"".join(item for item in batch if isinstance(item, bytes)))
-            if unwritten:
-                self.drop(unwritten.count(b"\n"))
-            elif self.dropped:
-                self.report_dropped()
+            failed += unwritten.count(b"\n")
+            lost = self.dropped + failed - logged
+            if lost and not unwritten:
+                message = "%d log lines were lost"
+                record = log.makeRecord(log.name, logging.WARNING, "", 0, message, (lost,), None)
+                if not self.write(self.encode(record)):
+                    logged += lost
             for item in batch:
                 if isinstance(item, threading.Event):
                     item.set()
-
-    def report_dropped(self) -> None:
-        with self.count_lock:
-            count, self.dropped = self.dropped, 0
-        record = log.makeRecord(
-            log.name, logging.WARNING, "", 0, "%d log lines were lost", (count,), None
-        )
-        if self.write((self.format(record) + "\n").encode()):
-            self.drop(count)
 
     def write(self, data: bytes) -> bytes:
         """Write lines, blocking without a limit; returns what an error leaves unwritten."""
@@ -14262,24 +14246,19 @@ class Signals:
 
 
 def serve(server: Server, load: Callable[[], Settings], signals: Signals) -> int:
-    """Serve until SIGINT or SIGTERM; SIGHUP reloads the settings. The exit status."""
+    """Serve until SIGINT or SIGTERM; SIGHUP reloads valid settings. The exit status."""
     while signals.wait() == SIGHUP:
-        reload(server, load)
+        try:
+            server.reload(load())
+            log.warning("the settings were reloaded")
+        except Exception as error:
+            log.error("the settings stay as they were: %s", error)
     running = server.running_calls()
     if running:
         grace = server.settings.grace
         log.info("stopping: %d running requests have %g seconds to end", running, grace)
     server.stop()
     return 0
-
-
-def reload(server: Server, load: Callable[[], Settings]) -> None:
-    """Reload the settings; the old ones stay if they are invalid."""
-    try:
-        server.reload(load())
-        log.warning("the settings were reloaded")
-    except Exception as error:
-        log.error("the settings stay as they were: %s", error)
 
 
 if __name__ == "__main__":
