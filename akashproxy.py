@@ -13155,10 +13155,6 @@ section, #log { flex: 1; overflow: auto; padding: 1.5rem 0; scrollbar-gutter: st
 #settings label:first-child { grid-column: 1 / -1; }
 #welcome { display: grid; grid: auto / 100%; align-content: safe center; gap: 1.25rem; }
 .prompts { --least: 12rem; } .prompts button { padding: .75rem 1rem; text-align: start; }
-#welcome figure { display: flex; align-items: center; gap: 1rem; padding: 0 .25rem 0 1rem; }
-#welcome figcaption { display: contents; } #welcome figcaption button { order: 1; }
-#welcome figcaption span { flex: none; width: 4.5rem; }
-#welcome pre { flex: 1; padding: .5rem 0; scrollbar-width: none; }
 
 /* the turns */
 .turn { margin-bottom: 1.5rem; }
@@ -13170,7 +13166,7 @@ section, #log { flex: 1; overflow: auto; padding: 1.5rem 0; scrollbar-gutter: st
 .text:empty::after, .text > p:last-child::after { content: var(--more, ""); }
 details:has(> .thoughts:empty) { display: none; } details > :not(summary) { margin-top: .5rem; }
 :is(.text, .thoughts, blockquote) > *, .answer > * { margin: 0 0 .75rem; }
-p, li, td, th { white-space: pre-wrap; } li, td, th { unicode-bidi: plaintext; text-align: start; }
+p, li, td, th { white-space: pre-wrap; unicode-bidi: plaintext; text-align: start; }
 .center { text-align: center; } .end { text-align: end; }
 ol, ul { padding-inline-start: 1.6rem; } li > * { margin-block: .25rem; white-space: normal; }
 .task { margin-inline-start: -1.4rem; list-style: none; }
@@ -13257,8 +13253,9 @@ let chosen = "";        // the model
 
 // -- elements: what is shown is made here, of elements and text, never of HTML
 function make(name, ...parts) {     // "tag.class.class", with children and objects of properties
-  const [tag, ...classes] = name.split("."), isMath = tag[0] === "m";
-  const element = document.createElementNS(isMath ? MATHML : HTML, tag);
+  const [tag, ...classes] = name.split("."), element = tag[0] === "m"
+    ? document.createElementNS("http://www.w3.org/1998/Math/MathML", tag)
+    : document.createElement(tag);
   if (classes.length) element.className = classes.join(" ");
   for (const part of parts.flat()) {
     if (typeof part === "string" || part instanceof Node) element.append(part);
@@ -13266,7 +13263,6 @@ function make(name, ...parts) {     // "tag.class.class", with children and obje
   }
   return element;
 }
-const HTML = "http://www.w3.org/1999/xhtml", MATHML = "http://www.w3.org/1998/Math/MathML";
 const button = (text, onclick, ...more) => make("button", text, {type: "button", onclick}, ...more);
 const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 const tell = (...words) => ui.note.replaceChildren(...words);
@@ -13330,9 +13326,10 @@ const BLOCKS = {
   heading: [/^[ \t]*#{1,6}[ \t].*/, heading],
   rule: [/^[ \t]*(?:(?:-[ \t]*){3,}|(?:\*[ \t]*){3,}|(?:_[ \t]*){3,})$/, () => make("hr")],
   table: [RegExp(String.raw`^${ROW}\n${DIVIDER}(?:\n${ROW})*`), table],
-  quote: [RegExp(String.raw`^[ \t]*>.*(?:\n[ \t]*>.*|${MORE})*`), quote],
+  quote: [RegExp(String.raw`^[ \t]*>.*(?:\n[ \t]*>.*|${MORE})*`), (own, depth) =>
+    make("blockquote", nested(own.replace(/^[ \t]*> ?/gm, ""), depth + 1))],
   list: [RegExp(String.raw`^(?<indent>[ \t]*)(?:${items(BULLET)}|${items(NUMBER)})`), list],
-  text: [RegExp(String.raw`^[ \t]*\S.*(?:${MORE})*`), (own) => make("p", inline(own), auto)],
+  text: [RegExp(String.raw`^[ \t]*\S.*(?:${MORE})*`), (own) => make("p", inline(own))],
 };
 const BLOCK = anyOf(BLOCKS, "gm");
 const nested = (text, depth) => depth > DEEPEST ? [make("p", text)]
@@ -13343,7 +13340,8 @@ function draw(place, text) {        // what has not changed since the last time 
   place.blocks = [...scan(text, BLOCKS, BLOCK)];
   place.blocks.forEach((block, at) => {
     const {own, element} = old[at] ?? {};
-    block.element = own === block.own ? element : block.shape(block.own, 0, level);
+    block.element = own === block.own ? element
+      : Object.assign(block.shape(block.own, 0, level), auto);
     level = block.element.level ?? level;
     if (!element) place.append(block.element);
     else if (element !== block.element) element.replaceWith(block.element);
@@ -13359,12 +13357,7 @@ function heading(own, depth, above) {   // one level down at a time, as screen r
   const [, marks, title] = own.match(/(#+)(.*)/);
   if (depth) return make("p", make("strong", inline(title.trim())));
   const level = Math.min(marks.length + 1, above + 1, 6);
-  return make(`h${level}`, inline(title.trim()), {level}, auto);
-}
-function quote(own, depth) {
-  const made = nested(own.replace(/^[ \t]*> ?/gm, ""), depth + 1);
-  for (const block of made) block.removeAttribute("dir");   // its text decides where the bar is
-  return make("blockquote", made, auto);
+  return make(`h${level}`, inline(title.trim()), {level});
 }
 function list(own, depth) {
   const start = parseInt(own), mark = start >= 0 ? NUMBER : BULLET;
@@ -13389,7 +13382,7 @@ function table(own) {
   const cells = (tag, texts) => make("tr", texts.slice(0, sides.length).map((text, column) =>
     make(tag + sides[column], inline(text.replaceAll("\\|", "|")))));
   const made = make("table", make("thead", cells("th", head)),
-    make("tbody", rows.map((texts) => cells("td", texts))), auto);
+    make("tbody", rows.map((texts) => cells("td", texts))));
   return make("div.scroll", made, {tabIndex: 0, role: "group", ariaLabel: "Table"});
 }
 
@@ -13521,22 +13514,22 @@ async function attach(files) {
 }
 const attached = (src) => make("img", {src, alt: "Attached image"});
 function addImage(src) {
-  const remove = button("×", () => entry.remove(), {ariaLabel: "Remove image"});
-  const entry = make("div.row", attached(src), remove);
-  ui.images.append(entry);
+  const remove = button("×", () => remove.parentNode.remove(), {ariaLabel: "Remove image"});
+  ui.images.append(make("div.row", attached(src), remove));
 }
 
 // -- what the browser keeps: each chat under a key of its own, so that two tabs don't collide
 function keep(name, value) {
-  const complain = () => tell("The browser's storage is full. Export and delete some chats.");
-  try { localStorage[name] = JSON.stringify(value); } catch { complain(); }
+  try { localStorage[name] = JSON.stringify(value); } catch {
+    tell("The browser's storage is full. Export and delete some chats.");
+  }
 }
 function stored(name) {
   try { return JSON.parse(localStorage[name]); } catch { return null; }     // none, or not ours
 }
 const keepChat = (own) => keep(`chat ${own.id}`, own);
-const valuesOf = (names) => Object.fromEntries(names.map((name) => [name, ui[name].value]));
-const keepSettings = () => keep("settings", {model: chosen, chat: chat.id, ...valuesOf(SETTINGS)});
+const keepSettings = () => keep("settings", {model: chosen, chat: chat.id,
+  ...Object.fromEntries(SETTINGS.map((name) => [name, ui[name].value]))});
 const allChats = () => Object.keys(localStorage).filter((name) => name.startsWith("chat "))
   .map(stored).filter((each) => each?.messages).sort((one, other) => other.id - one.id);
 function listChats() {
@@ -13751,8 +13744,8 @@ function greet() {
 
 // -- the controllers
 function card(each, index, all) {
-  const group = all.filter(({priority}) => priority === each.priority);
-  const share = each.weight / (group.reduce((sum, {weight}) => sum + weight, 0) || 1);
+  const weights = all.map(({priority, weight}) => priority === each.priority ? weight : 0);
+  const share = each.weight / (weights.reduce((sum, weight) => sum + weight) || 1);
   const cooling = each.rests_for_seconds ? `cooling down, ${each.rests_for_seconds} s`
     : each.models_cooling_down && `${count(each.models_cooling_down, "model")} cooling down`;
   const models = each.models === null ? "models unknown" : count(each.models, "model");
@@ -13760,8 +13753,7 @@ function card(each, index, all) {
   return make("article.card", make("h2.row", each.name,
     make(`span.small.state.${cooling ? "warn" : "good"}`, cooling || "ready")),
     make("p.small", `Tier ${each.priority}, ${part} % of its requests · ${models}`),
-    make("p.small",
-      `${each.in_flight} in flight · ${each.served} served · ${each.failed} failed`),
+    make("p.small", `${each.in_flight} in flight · ${each.served} served · ${each.failed} failed`),
     each.last_error && make("p.bad", `Last error: ${each.last_error}, ${time}`),
     each.login === "ended" && make("p.bad", "Its login has ended."));
 }
