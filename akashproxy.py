@@ -1220,7 +1220,6 @@ def environment_proxies(environ: Dict[str, str], problems: List[str]) -> Dict[st
     """Values of HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, by lower-case name.
 
     As with curl, lower case takes precedence and a proxy without a scheme is an HTTP proxy.
-    Other kinds of proxies are added to ``problems``.
     """
     names = ("https_proxy", "http_proxy", "all_proxy", "no_proxy")
     proxies = {name: environ.get(name) or environ.get(name.upper(), "") for name in names}
@@ -1388,8 +1387,8 @@ class ControllerSettings(ValidatedSettings):
     first_byte_timeout: Optional[float] = setting(None, "overrides FIRST_BYTE_TIMEOUT", positive)
     idle_timeout: Optional[float] = setting(None, "overrides IDLE_TIMEOUT", positive)
     # fmt: on
-    key_source: str = field(default="", compare=False)  # origin of api_key, for --check
-    proxy_source: str = field(default="", compare=False)  # origin of proxy, for --check
+    # Where --check says that a field's value comes from.
+    sources: Dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -1570,25 +1569,20 @@ class Settings(ValidatedSettings):
         """Values for the fields that a controller's settings leave empty."""
         urls = {"openai": OPENAI_URL, "akash": self.akash_base_url}
         base_url = options.base_url or urls.get(options.type, "")
-        defaults = {"base_url": base_url, **self._proxy(options, base_url)}
+        proxy, sources = options.proxy, dict(options.sources)
+        if base_url and not proxy:
+            proxy = self.proxy or environment_proxy(self.environment_proxies, base_url)
+            sources["proxy"] = "PROXY" if self.proxy else "the environment"
+        proxy = "" if proxy == "none" else proxy
+        defaults: Dict[str, Any] = {"base_url": base_url, "proxy": proxy, "sources": sources}
         # Akash's token and cookie are sent to its own server only.
         if options.type == "akash" and url_origin(base_url) == url_origin(self.akash_base_url):
-            defaults["cookie"] = options.cookie or self.akash_cookie
+            if self.akash_cookie and not options.cookie:
+                defaults["cookie"], sources["cookie"] = self.akash_cookie, "AKASH_COOKIE"
             if self.akash_access_token and not options.api_key:
                 defaults["api_key"] = self.akash_access_token
-                defaults["key_source"] = "AKASH_ACCESS_TOKEN"
+                sources["api_key"] = "AKASH_ACCESS_TOKEN"
         return defaults
-
-    def _proxy(self, options: ControllerSettings, base_url: str) -> Dict[str, Any]:
-        """A controller's own proxy, PROXY, or the environment's; "" for "none"."""
-        if options.proxy or not base_url:
-            proxy, source = options.proxy, ""
-        elif self.proxy:
-            proxy, source = self.proxy, "PROXY"
-        else:
-            proxy = environment_proxy(self.environment_proxies, base_url)
-            source = "the environment"
-        return {"proxy": "" if proxy == "none" else proxy, "proxy_source": source}
 
     @functools.cached_property
     def needs_token(self) -> bool:
@@ -1625,7 +1619,7 @@ def upstream_options(url: str, environ: Dict[str, str], problems: List[str]) -> 
     if own and environ and not key:
         problems.append(f"upstream: {url} needs OPENAI_API_KEY, which is not set")
     with collecting_errors(problems, "OPENAI_API_KEY"):
-        values["api_key"], values["key_source"] = header_value(key), "OPENAI_API_KEY" * bool(key)
+        values.update(api_key=header_value(key), sources={"api_key": "OPENAI_API_KEY"})
     return ControllerSettings(**values)
 
 
@@ -1669,6 +1663,7 @@ class ConfigFile:
 
     VARIABLE = r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}"
     SPECIAL_KEYS = ("port", "pool", "controllers", "keys")  # not fields of Settings as they are
+    BASE_KEYS = ("config", "config_file")  # where chatgpt-apiserver has a controller's options
 
     def __init__(self, path: str, environ: Dict[str, str], problems: List[str]) -> None:
         self.path, self.environ, self.problems = path, environ, problems
@@ -1697,11 +1692,8 @@ class ConfigFile:
 
     def is_chatgpt_apiserver(self, controllers: Any) -> bool:
         """Whether the file is chatgpt-apiserver's, by its name or by a controller's keys."""
-        return os.path.basename(self.path) == FILE_NAMES[1] or any(
-            name in as_dict(item)
-            for item in as_list(controllers)
-            for name in ("config", "config_file")
-        )
+        keys = {name for item in as_list(controllers) for name in as_dict(item)}
+        return os.path.basename(self.path) == FILE_NAMES[1] or bool(keys & set(self.BASE_KEYS))
 
     def controllers(self, items: Any) -> Tuple[ControllerSettings, ...]:
         if not isinstance(items, list) or not items:
@@ -1750,29 +1742,27 @@ class ConfigFile:
         """Values of ControllerSettings."""
         before, known = len(self.problems), setting_fields(ControllerSettings)
         base, base_path, file = self.base_config(data, key_path)
-        values = {
-            **self.fields(known, base, base_path),
-            **self.fields(known, data, key_path + ".", ["config", "config_file"]),
-        }
-        values.setdefault("type", "openai")
+        values = {"type": "openai", **self.fields(known, base, base_path)}
+        values.update(self.fields(known, data, key_path + ".", self.BASE_KEYS))
         if values["type"] not in CONTROLLERS:
-            known_types = ", ".join(sorted(CONTROLLERS))
-            self.problem(key_path + ".type", f"{values['type']!r} is not one of {known_types}")
+            types = ", ".join(sorted(CONTROLLERS))
+            self.problem(key_path + ".type", f"{values['type']!r} is not one of {types}")
         if values["type"] == "akash" and values.get("tools") == "native":
             self.problem(key_path + ".tools", "Akash Chat has no tools: use prompt or refuse")
         is_openai = values["type"] == "openai" and is_openai_server(values.get("base_url", ""))
         if values.get("api_key"):
-            values["key_source"] = file if file and not data.get("api_key") else self.path
+            source = file if file and not data.get("api_key") else self.path
+            values["sources"] = {"api_key": source}
         elif is_openai and len(self.problems) == before:  # an invalid base_url is left out
             key = self.environ.get("OPENAI_API_KEY", "")
             if not key:
                 self.problem(key_path + ".api_key", "is missing, and OPENAI_API_KEY is not set")
             with collecting_errors(self.problems, "OPENAI_API_KEY"):
-                values["api_key"], values["key_source"] = header_value(key), "OPENAI_API_KEY"
+                values.update(api_key=header_value(key), sources={"api_key": "OPENAI_API_KEY"})
         return values
 
     def base_config(self, data: Dict[str, Any], key_path: str) -> Tuple[Dict[str, Any], str, str]:
-        """Pop ``config`` or ``config_file``, where chatgpt-apiserver has the options.
+        """Pop ``config`` or ``config_file`` of a controller.
 
         Returns the object ({} after a problem), its key path, and its file ("": this one).
         """
@@ -1780,8 +1770,7 @@ class ConfigFile:
         if isinstance(file, str) and file:
             # Relative to this file or, as in chatgpt-apiserver, to the working directory.
             path = os.path.join(os.path.dirname(self.path), file)
-            if os.path.exists(file) and not os.path.exists(path):
-                path = file
+            path = file if os.path.exists(file) and not os.path.exists(path) else path
             base = self.read(path, key_path + ".config_file")
             return base, f"{key_path}.config_file ({file}).", file
         if file not in (None, ""):
@@ -1829,10 +1818,7 @@ class ConfigFile:
     def fields(
         self, known: Dict[str, Any], data: Dict[str, Any], prefix: str, others: Iterable[str] = ()
     ) -> Dict[str, Any]:
-        """Values of the known settings in an object; other keys are problems.
-
-        ``prefix`` is that of the key paths; ``others`` are further names to suggest for a typo.
-        """
+        """Values of the known settings in an object. ``others`` are only suggested."""
         values = {}
         for name, value in data.items():
             if name in known:
@@ -14084,10 +14070,7 @@ def print_settings(settings: Settings) -> None:
     for name, value in settings.redacted_items():
         print_text(f"{name.upper()}={value}")
     for controller in settings.pool():
-        sources = {"api_key": controller.key_source, "proxy": controller.proxy_source}
-        if controller.cookie == settings.akash_cookie:
-            sources["cookie"] = "AKASH_COOKIE"
-        print_section(controller.name, controller, sources)
+        print_section(controller.name, controller, controller.sources)
     for key in settings.keys:
         print_section(f"key {key.name}", key, {})
 
