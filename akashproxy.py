@@ -1813,7 +1813,7 @@ class ConfigFile:
                 self.problem(key_path, f"the environment variable {name} is not set")
         if "${" in re.sub(self.VARIABLE, "", value):
             self.problem(key_path, "${ must be followed by the name of an environment variable, }")
-        return re.sub(self.VARIABLE, lambda name: self.environ.get(name[1]) or name[0], value)
+        return re.sub(self.VARIABLE, lambda match: self.environ.get(match[1]) or match[0], value)
 
     def fields(
         self, known: Dict[str, Any], data: Dict[str, Any], prefix: str, others: Iterable[str] = ()
@@ -1874,14 +1874,17 @@ def from_text(item: Any, text: str) -> Any:
     values: Dict[str, List[str]] = defaultdict(list)
     for name, value in pairs:
         values[name].append(value)
-    return {name: several if several[1:] else several[0] for name, several in values.items()}
+    return {name: several if len(several) > 1 else several[0] for name, several in values.items()}
 
 
 def format_value(value: Any) -> str:
     """Format a setting's value; the inverse of from_text()."""
     if isinstance(value, dict):
-        lists = {name: x if isinstance(x, (list, tuple)) else [x] for name, x in value.items()}
-        value = [f"{name}={each}" for name, several in lists.items() for each in several]
+        value = [
+            f"{name}={each}"
+            for name, item in value.items()
+            for each in (item if isinstance(item, (list, tuple)) else [item])
+        ]
     if isinstance(value, (list, tuple)):
         return ",".join(value)
     return "" if value is None else str(value)
