@@ -1220,7 +1220,6 @@ def environment_proxies(environ: Dict[str, str], problems: List[str]) -> Dict[st
     """Values of HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, by lower-case name.
 
     As with curl, lower case takes precedence and a proxy without a scheme is an HTTP proxy.
-    Other kinds of proxies are added to ``problems``.
     """
     names = ("https_proxy", "http_proxy", "all_proxy", "no_proxy")
     proxies = {name: environ.get(name) or environ.get(name.upper(), "") for name in names}
@@ -1388,8 +1387,8 @@ class ControllerSettings(ValidatedSettings):
     first_byte_timeout: Optional[float] = setting(None, "overrides FIRST_BYTE_TIMEOUT", positive)
     idle_timeout: Optional[float] = setting(None, "overrides IDLE_TIMEOUT", positive)
     # fmt: on
-    key_source: str = field(default="", compare=False)  # origin of api_key, for --check
-    proxy_source: str = field(default="", compare=False)  # origin of proxy, for --check
+    # Where --check says that a field's value comes from.
+    sources: Dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -1525,15 +1524,17 @@ class Settings(ValidatedSettings):
         overrides: Dict[str, Any] = {}
         for name, item in setting_fields(cls).items():
             flag = (flags or {}).get(name)
-            variable = next(filter(environ.get, (name.upper(), APISERVER + name.upper())), "")
+            names = (name.upper(), APISERVER_VARIABLES.get(name, ""))
+            variable = next(filter(environ.get, names), "")
             source = variable if flag is None else flag_name(item)
             if source:
                 text = environ[variable] if flag is None else flag
                 with collecting_errors(problems, source):
                     overrides[name] = validate(item, from_text(item, text))
-        if environ.get(APISERVER + "PORT") and "server_address" not in overrides:
-            with collecting_errors(problems, APISERVER + "PORT"):
-                overrides["server_address"] = listen_address(":" + environ[APISERVER + "PORT"])
+        if environ.get("CHATGPT_APISERVER_PORT") and "server_address" not in overrides:
+            with collecting_errors(problems, "CHATGPT_APISERVER_PORT"):
+                port = environ["CHATGPT_APISERVER_PORT"]
+                overrides["server_address"] = listen_address(f":{port}")
         path = overrides["config_file"] = find_config(
             overrides.get("config_file", ""), overrides.get("config_path", ""), problems
         )
@@ -1568,25 +1569,20 @@ class Settings(ValidatedSettings):
         """Values for the fields that a controller's settings leave empty."""
         urls = {"openai": OPENAI_URL, "akash": self.akash_base_url}
         base_url = options.base_url or urls.get(options.type, "")
-        defaults = {"base_url": base_url, **self._proxy(options, base_url)}
+        proxy, sources = options.proxy, dict(options.sources)
+        if base_url and not proxy:
+            proxy = self.proxy or environment_proxy(self.environment_proxies, base_url)
+            sources["proxy"] = "PROXY" if self.proxy else "the environment"
+        proxy = "" if proxy == "none" else proxy
+        defaults: Dict[str, Any] = {"base_url": base_url, "proxy": proxy, "sources": sources}
         # Akash's token and cookie are sent to its own server only.
         if options.type == "akash" and url_origin(base_url) == url_origin(self.akash_base_url):
-            defaults["cookie"] = options.cookie or self.akash_cookie
+            if self.akash_cookie and not options.cookie:
+                defaults["cookie"], sources["cookie"] = self.akash_cookie, "AKASH_COOKIE"
             if self.akash_access_token and not options.api_key:
                 defaults["api_key"] = self.akash_access_token
-                defaults["key_source"] = "AKASH_ACCESS_TOKEN"
+                sources["api_key"] = "AKASH_ACCESS_TOKEN"
         return defaults
-
-    def _proxy(self, options: ControllerSettings, base_url: str) -> Dict[str, Any]:
-        """A controller's own proxy, PROXY, or the environment's; "" for "none"."""
-        if options.proxy or not base_url:
-            proxy, source = options.proxy, ""
-        elif self.proxy:
-            proxy, source = self.proxy, "PROXY"
-        else:
-            proxy = environment_proxy(self.environment_proxies, base_url)
-            source = "the environment"
-        return {"proxy": "" if proxy == "none" else proxy, "proxy_source": source}
 
     @functools.cached_property
     def needs_token(self) -> bool:
@@ -1595,7 +1591,10 @@ class Settings(ValidatedSettings):
 
 
 OPENAI_URL = "https://api.openai.com/v1"
-APISERVER = "CHATGPT_APISERVER_"  # chatgpt-apiserver's prefix of the same environment variables
+APISERVER_VARIABLES = {  # chatgpt-apiserver's names
+    name: f"CHATGPT_APISERVER_{name.upper()}"
+    for name in ("config_file", "config_path", "pool_type")
+}
 
 
 def is_openai_server(url: str) -> bool:
@@ -1620,7 +1619,7 @@ def upstream_options(url: str, environ: Dict[str, str], problems: List[str]) -> 
     if own and environ and not key:
         problems.append(f"upstream: {url} needs OPENAI_API_KEY, which is not set")
     with collecting_errors(problems, "OPENAI_API_KEY"):
-        values["api_key"], values["key_source"] = header_value(key), "OPENAI_API_KEY" * bool(key)
+        values.update(api_key=header_value(key), sources={"api_key": "OPENAI_API_KEY"})
     return ControllerSettings(**values)
 
 
@@ -1664,6 +1663,7 @@ class ConfigFile:
 
     VARIABLE = r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}"
     SPECIAL_KEYS = ("port", "pool", "controllers", "keys")  # not fields of Settings as they are
+    BASE_KEYS = ("config", "config_file")  # where chatgpt-apiserver has a controller's options
 
     def __init__(self, path: str, environ: Dict[str, str], problems: List[str]) -> None:
         self.path, self.environ, self.problems = path, environ, problems
@@ -1692,11 +1692,8 @@ class ConfigFile:
 
     def is_chatgpt_apiserver(self, controllers: Any) -> bool:
         """Whether the file is chatgpt-apiserver's, by its name or by a controller's keys."""
-        return os.path.basename(self.path) == FILE_NAMES[1] or any(
-            name in as_dict(item)
-            for item in as_list(controllers)
-            for name in ("config", "config_file")
-        )
+        keys = {name for item in as_list(controllers) for name in as_dict(item)}
+        return os.path.basename(self.path) == FILE_NAMES[1] or bool(keys & set(self.BASE_KEYS))
 
     def controllers(self, items: Any) -> Tuple[ControllerSettings, ...]:
         if not isinstance(items, list) or not items:
@@ -1745,29 +1742,27 @@ class ConfigFile:
         """Values of ControllerSettings."""
         before, known = len(self.problems), setting_fields(ControllerSettings)
         base, base_path, file = self.base_config(data, key_path)
-        values = {
-            **self.fields(known, base, base_path),
-            **self.fields(known, data, key_path + ".", ["config", "config_file"]),
-        }
-        values.setdefault("type", "openai")
+        values = {"type": "openai", **self.fields(known, base, base_path)}
+        values.update(self.fields(known, data, key_path + ".", self.BASE_KEYS))
         if values["type"] not in CONTROLLERS:
-            known_types = ", ".join(sorted(CONTROLLERS))
-            self.problem(key_path + ".type", f"{values['type']!r} is not one of {known_types}")
+            types = ", ".join(sorted(CONTROLLERS))
+            self.problem(key_path + ".type", f"{values['type']!r} is not one of {types}")
         if values["type"] == "akash" and values.get("tools") == "native":
             self.problem(key_path + ".tools", "Akash Chat has no tools: use prompt or refuse")
         is_openai = values["type"] == "openai" and is_openai_server(values.get("base_url", ""))
         if values.get("api_key"):
-            values["key_source"] = file if file and not data.get("api_key") else self.path
+            source = file if file and not data.get("api_key") else self.path
+            values["sources"] = {"api_key": source}
         elif is_openai and len(self.problems) == before:  # an invalid base_url is left out
             key = self.environ.get("OPENAI_API_KEY", "")
             if not key:
                 self.problem(key_path + ".api_key", "is missing, and OPENAI_API_KEY is not set")
             with collecting_errors(self.problems, "OPENAI_API_KEY"):
-                values["api_key"], values["key_source"] = header_value(key), "OPENAI_API_KEY"
+                values.update(api_key=header_value(key), sources={"api_key": "OPENAI_API_KEY"})
         return values
 
     def base_config(self, data: Dict[str, Any], key_path: str) -> Tuple[Dict[str, Any], str, str]:
-        """Pop ``config`` or ``config_file``, where chatgpt-apiserver has the options.
+        """Pop ``config`` or ``config_file`` of a controller.
 
         Returns the object ({} after a problem), its key path, and its file ("": this one).
         """
@@ -1775,8 +1770,7 @@ class ConfigFile:
         if isinstance(file, str) and file:
             # Relative to this file or, as in chatgpt-apiserver, to the working directory.
             path = os.path.join(os.path.dirname(self.path), file)
-            if os.path.exists(file) and not os.path.exists(path):
-                path = file
+            path = file if os.path.exists(file) and not os.path.exists(path) else path
             base = self.read(path, key_path + ".config_file")
             return base, f"{key_path}.config_file ({file}).", file
         if file not in (None, ""):
@@ -1819,15 +1813,12 @@ class ConfigFile:
                 self.problem(key_path, f"the environment variable {name} is not set")
         if "${" in re.sub(self.VARIABLE, "", value):
             self.problem(key_path, "${ must be followed by the name of an environment variable, }")
-        return re.sub(self.VARIABLE, lambda name: self.environ.get(name[1]) or name[0], value)
+        return re.sub(self.VARIABLE, lambda match: self.environ.get(match[1]) or match[0], value)
 
     def fields(
         self, known: Dict[str, Any], data: Dict[str, Any], prefix: str, others: Iterable[str] = ()
     ) -> Dict[str, Any]:
-        """Values of the known settings in an object; other keys are problems.
-
-        ``prefix`` is that of the key paths; ``others`` are further names to suggest for a typo.
-        """
+        """Values of the known settings in an object. ``others`` are only suggested."""
         values = {}
         for name, value in data.items():
             if name in known:
@@ -1883,14 +1874,17 @@ def from_text(item: Any, text: str) -> Any:
     values: Dict[str, List[str]] = defaultdict(list)
     for name, value in pairs:
         values[name].append(value)
-    return {name: several if several[1:] else several[0] for name, several in values.items()}
+    return {name: several if len(several) > 1 else several[0] for name, several in values.items()}
 
 
 def format_value(value: Any) -> str:
     """Format a setting's value; the inverse of from_text()."""
     if isinstance(value, dict):
-        lists = {name: x if isinstance(x, (list, tuple)) else [x] for name, x in value.items()}
-        value = [f"{name}={each}" for name, several in lists.items() for each in several]
+        value = [
+            f"{name}={each}"
+            for name, item in value.items()
+            for each in (item if isinstance(item, (list, tuple)) else [item])
+        ]
     if isinstance(value, (list, tuple)):
         return ",".join(value)
     return "" if value is None else str(value)
@@ -11294,12 +11288,8 @@ class KeyLimiter:
 
     def status(self) -> Dict[str, Any]:
         """Return the key's entry in /status."""
-        return {
-            "name": self.name,
-            "in_flight": self.in_flight,
-            "requests": self.requests,
-            "refused": self.rejected,
-        }
+        counts = {"in_flight": self.in_flight, "requests": self.requests}
+        return {"name": self.name, **counts, "refused": self.rejected}
 
 
 # {name: (help, label, ...)}; a counter's name ends in "_total", and no other one. Label values come
@@ -11390,9 +11380,8 @@ class Metrics:
                 counts["akashproxy_streams_broken_off_total", controller] += 1
             model = self.model_label(call.model)
             counts["akashproxy_model_requests_total", model] += 1
-            self.observe(
-                "akashproxy_request_duration_seconds", controller, now - request.started_at
-            )
+            seconds = now - request.started_at
+            self.observe("akashproxy_request_duration_seconds", controller, seconds)
             if call.stream and controller and is_event_stream(call.attempt.content_type):
                 self._add_stream_times(request, now)
             if record.usage:
@@ -11402,9 +11391,8 @@ class Metrics:
         """Add the durations of a stream to the histograms. The caller holds the lock."""
         record, usage = request.record, request.record.usage or {}
         controller, first = record.controller, record.first_token_at
-        self.observe(
-            "akashproxy_time_to_first_token_seconds", controller, first - request.started_at
-        )
+        seconds = first - request.started_at
+        self.observe("akashproxy_time_to_first_token_seconds", controller, seconds)
         tokens = usage.get("completion_tokens") or 0
         if tokens > 1 and not is_estimated(usage):
             seconds = (now - first) / (tokens - 1)
@@ -12737,12 +12725,10 @@ class DemoAkash(http.server.BaseHTTPRequestHandler):
     def _image_status(self, job: str) -> Dict[str, Any]:
         """Return the next status of an image job: waiting twice, pending, succeeded."""
         self.jobs[job] = count = self.jobs.get(job, 0) + 1
-        return {
-            "job_id": job,
-            "status": "waiting" if count < 3 else "pending" if count == 3 else "succeeded",
-            "queue_position": max(0, 3 - count),
-            "result": f"/api/image/job_{job[:8]}_00001_.png" if count > 3 else None,
-        }
+        status = ("waiting", "waiting", "pending", "succeeded")[min(count, 4) - 1]
+        result = f"/api/image/job_{job[:8]}_00001_.png" if status == "succeeded" else None
+        position = max(0, 3 - count)
+        return {"job_id": job, "status": status, "queue_position": position, "result": result}
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -12845,19 +12831,11 @@ class DemoServer(http.server.ThreadingHTTPServer):
 
 
 def demo_image(seed: str) -> bytes:
-    """Return a small PNG: rings in two colours derived from the seed."""
-    size, tint = 96, binascii.crc32(seed.encode())
-    colours = [bytes((tint >> shift & 255, 90 + shift * 5, 255)) for shift in (0, 16)]
-    pixels = b"".join(
-        (b"" if x else b"\0") + colours[int(math.hypot(x - size / 2, y - size / 2)) // 8 % 2]
-        for y in range(size)
-        for x in range(size)
-    )
-    chunks = (
-        b"IHDR" + size.to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0",
-        b"IDAT" + zlib.compress(pixels),
-        b"IEND",
-    )
+    """Return a small PNG: stripes whose colour is derived from the seed."""
+    size, tint = 96, binascii.crc32(seed.encode()) & 255
+    rows = [b"\0" + bytes((tint, 90 + y // 8 % 2 * 80, 255)) * size for y in range(size)]
+    header = b"IHDR" + size.to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+    chunks = (header, b"IDAT" + zlib.compress(b"".join(rows)), b"IEND")
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         (len(chunk) - 4).to_bytes(4, "big") + chunk + binascii.crc32(chunk).to_bytes(4, "big")
         for chunk in chunks
@@ -12931,10 +12909,6 @@ section, #log { flex: 1; overflow: auto; padding: 1.5rem 0; scrollbar-gutter: st
 #settings label:first-child { grid-column: 1 / -1; }
 #welcome { display: grid; grid: auto / 100%; align-content: safe center; gap: 1.25rem; }
 .prompts { --least: 12rem; } .prompts button { padding: .75rem 1rem; text-align: start; }
-#welcome figure { display: flex; align-items: center; gap: 1rem; padding: 0 .25rem 0 1rem; }
-#welcome figcaption { display: contents; } #welcome figcaption button { order: 1; }
-#welcome figcaption span { flex: none; width: 4.5rem; }
-#welcome pre { flex: 1; padding: .5rem 0; scrollbar-width: none; }
 
 /* the turns */
 .turn { margin-bottom: 1.5rem; }
@@ -12946,7 +12920,7 @@ section, #log { flex: 1; overflow: auto; padding: 1.5rem 0; scrollbar-gutter: st
 .text:empty::after, .text > p:last-child::after { content: var(--more, ""); }
 details:has(> .thoughts:empty) { display: none; } details > :not(summary) { margin-top: .5rem; }
 :is(.text, .thoughts, blockquote) > *, .answer > * { margin: 0 0 .75rem; }
-p, li, td, th { white-space: pre-wrap; } li, td, th { unicode-bidi: plaintext; text-align: start; }
+p, li, td, th { white-space: pre-wrap; unicode-bidi: plaintext; text-align: start; }
 .center { text-align: center; } .end { text-align: end; }
 ol, ul { padding-inline-start: 1.6rem; } li > * { margin-block: .25rem; white-space: normal; }
 .task { margin-inline-start: -1.4rem; list-style: none; }
@@ -13033,8 +13007,9 @@ let chosen = "";        // the model
 
 // -- elements: what is shown is made here, of elements and text, never of HTML
 function make(name, ...parts) {     // "tag.class.class", with children and objects of properties
-  const [tag, ...classes] = name.split("."), isMath = tag[0] === "m";
-  const element = document.createElementNS(isMath ? MATHML : HTML, tag);
+  const [tag, ...classes] = name.split("."), element = tag[0] === "m"
+    ? document.createElementNS("http://www.w3.org/1998/Math/MathML", tag)
+    : document.createElement(tag);
   if (classes.length) element.className = classes.join(" ");
   for (const part of parts.flat()) {
     if (typeof part === "string" || part instanceof Node) element.append(part);
@@ -13042,7 +13017,6 @@ function make(name, ...parts) {     // "tag.class.class", with children and obje
   }
   return element;
 }
-const HTML = "http://www.w3.org/1999/xhtml", MATHML = "http://www.w3.org/1998/Math/MathML";
 const button = (text, onclick, ...more) => make("button", text, {type: "button", onclick}, ...more);
 const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 const tell = (...words) => ui.note.replaceChildren(...words);
@@ -13106,9 +13080,10 @@ const BLOCKS = {
   heading: [/^[ \t]*#{1,6}[ \t].*/, heading],
   rule: [/^[ \t]*(?:(?:-[ \t]*){3,}|(?:\*[ \t]*){3,}|(?:_[ \t]*){3,})$/, () => make("hr")],
   table: [RegExp(String.raw`^${ROW}\n${DIVIDER}(?:\n${ROW})*`), table],
-  quote: [RegExp(String.raw`^[ \t]*>.*(?:\n[ \t]*>.*|${MORE})*`), quote],
+  quote: [RegExp(String.raw`^[ \t]*>.*(?:\n[ \t]*>.*|${MORE})*`), (own, depth) =>
+    make("blockquote", nested(own.replace(/^[ \t]*> ?/gm, ""), depth + 1))],
   list: [RegExp(String.raw`^(?<indent>[ \t]*)(?:${items(BULLET)}|${items(NUMBER)})`), list],
-  text: [RegExp(String.raw`^[ \t]*\S.*(?:${MORE})*`), (own) => make("p", inline(own), auto)],
+  text: [RegExp(String.raw`^[ \t]*\S.*(?:${MORE})*`), (own) => make("p", inline(own))],
 };
 const BLOCK = anyOf(BLOCKS, "gm");
 const nested = (text, depth) => depth > DEEPEST ? [make("p", text)]
@@ -13119,7 +13094,8 @@ function draw(place, text) {        // what has not changed since the last time 
   place.blocks = [...scan(text, BLOCKS, BLOCK)];
   place.blocks.forEach((block, at) => {
     const {own, element} = old[at] ?? {};
-    block.element = own === block.own ? element : block.shape(block.own, 0, level);
+    block.element = own === block.own ? element
+      : Object.assign(block.shape(block.own, 0, level), auto);
     level = block.element.level ?? level;
     if (!element) place.append(block.element);
     else if (element !== block.element) element.replaceWith(block.element);
@@ -13135,12 +13111,7 @@ function heading(own, depth, above) {   // one level down at a time, as screen r
   const [, marks, title] = own.match(/(#+)(.*)/);
   if (depth) return make("p", make("strong", inline(title.trim())));
   const level = Math.min(marks.length + 1, above + 1, 6);
-  return make(`h${level}`, inline(title.trim()), {level}, auto);
-}
-function quote(own, depth) {
-  const made = nested(own.replace(/^[ \t]*> ?/gm, ""), depth + 1);
-  for (const block of made) block.removeAttribute("dir");   // its text decides where the bar is
-  return make("blockquote", made, auto);
+  return make(`h${level}`, inline(title.trim()), {level});
 }
 function list(own, depth) {
   const start = parseInt(own), mark = start >= 0 ? NUMBER : BULLET;
@@ -13165,7 +13136,7 @@ function table(own) {
   const cells = (tag, texts) => make("tr", texts.slice(0, sides.length).map((text, column) =>
     make(tag + sides[column], inline(text.replaceAll("\\|", "|")))));
   const made = make("table", make("thead", cells("th", head)),
-    make("tbody", rows.map((texts) => cells("td", texts))), auto);
+    make("tbody", rows.map((texts) => cells("td", texts))));
   return make("div.scroll", made, {tabIndex: 0, role: "group", ariaLabel: "Table"});
 }
 
@@ -13297,22 +13268,22 @@ async function attach(files) {
 }
 const attached = (src) => make("img", {src, alt: "Attached image"});
 function addImage(src) {
-  const remove = button("×", () => entry.remove(), {ariaLabel: "Remove image"});
-  const entry = make("div.row", attached(src), remove);
-  ui.images.append(entry);
+  const remove = button("×", () => remove.parentNode.remove(), {ariaLabel: "Remove image"});
+  ui.images.append(make("div.row", attached(src), remove));
 }
 
 // -- what the browser keeps: each chat under a key of its own, so that two tabs don't collide
 function keep(name, value) {
-  const complain = () => tell("The browser's storage is full. Export and delete some chats.");
-  try { localStorage[name] = JSON.stringify(value); } catch { complain(); }
+  try { localStorage[name] = JSON.stringify(value); } catch {
+    tell("The browser's storage is full. Export and delete some chats.");
+  }
 }
 function stored(name) {
   try { return JSON.parse(localStorage[name]); } catch { return null; }     // none, or not ours
 }
 const keepChat = (own) => keep(`chat ${own.id}`, own);
-const valuesOf = (names) => Object.fromEntries(names.map((name) => [name, ui[name].value]));
-const keepSettings = () => keep("settings", {model: chosen, chat: chat.id, ...valuesOf(SETTINGS)});
+const keepSettings = () => keep("settings", {model: chosen, chat: chat.id,
+  ...Object.fromEntries(SETTINGS.map((name) => [name, ui[name].value]))});
 const allChats = () => Object.keys(localStorage).filter((name) => name.startsWith("chat "))
   .map(stored).filter((each) => each?.messages).sort((one, other) => other.id - one.id);
 function listChats() {
@@ -13527,8 +13498,8 @@ function greet() {
 
 // -- the controllers
 function card(each, index, all) {
-  const group = all.filter(({priority}) => priority === each.priority);
-  const share = each.weight / (group.reduce((sum, {weight}) => sum + weight, 0) || 1);
+  const weights = all.map(({priority, weight}) => priority === each.priority ? weight : 0);
+  const share = each.weight / (weights.reduce((sum, weight) => sum + weight) || 1);
   const cooling = each.rests_for_seconds ? `cooling down, ${each.rests_for_seconds} s`
     : each.models_cooling_down && `${count(each.models_cooling_down, "model")} cooling down`;
   const models = each.models === null ? "models unknown" : count(each.models, "model");
@@ -13536,8 +13507,7 @@ function card(each, index, all) {
   return make("article.card", make("h2.row", each.name,
     make(`span.small.state.${cooling ? "warn" : "good"}`, cooling || "ready")),
     make("p.small", `Tier ${each.priority}, ${part} % of its requests · ${models}`),
-    make("p.small",
-      `${each.in_flight} in flight · ${each.served} served · ${each.failed} failed`),
+    make("p.small", `${each.in_flight} in flight · ${each.served} served · ${each.failed} failed`),
     each.last_error && make("p.bad", `Last error: ${each.last_error}, ${time}`),
     each.login === "ended" && make("p.bad", "Its login has ended."));
 }
@@ -13737,45 +13707,40 @@ class LogWriter(logging.Handler):
         super().__init__()
         self.descriptor = descriptor
         self.lines: SimpleQueue[Any] = SimpleQueue()  # bytes, or an Event of flush()
-        self.dropped, self.count_lock = 0, threading.Lock()
+        self.dropped = 0  # lines that the queue had no room for
         threading.Thread(target=self.write_all, name="akashproxy log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Queue a line. The caller, logging's handle(), holds the handler's lock."""
         try:
             if self.lines.qsize() < self.SIZE:
-                self.lines.put((self.format(record) + "\n").encode("utf-8", "backslashreplace"))
+                self.lines.put(self.encode(record))
             else:
-                self.drop(1)
+                self.dropped += 1
         except Exception:
             self.handleError(record)
 
-    def drop(self, count: int) -> None:
-        with self.count_lock:
-            self.dropped += count
+    def encode(self, record: logging.LogRecord) -> bytes:
+        return (self.format(record) + "\n").encode("utf-8", "backslashreplace")
 
     def write_all(self) -> None:
+        failed = logged = 0  # lines that couldn't be written; lost lines that the log mentions
         while True:
             batch = [self.lines.get()]
             time.sleep(self.DELAY)
             while len(batch) < self.MAX_BATCH and not self.lines.empty():
                 batch.append(self.lines.get())
             unwritten = self.write(b"".join(item for item in batch if isinstance(item, bytes)))
-            if unwritten:
-                self.drop(unwritten.count(b"\n"))
-            elif self.dropped:
-                self.report_dropped()
+            failed += unwritten.count(b"\n")
+            lost = self.dropped + failed - logged
+            if lost and not unwritten:
+                message = "%d log lines were lost"
+                record = log.makeRecord(log.name, logging.WARNING, "", 0, message, (lost,), None)
+                if not self.write(self.encode(record)):
+                    logged += lost
             for item in batch:
                 if isinstance(item, threading.Event):
                     item.set()
-
-    def report_dropped(self) -> None:
-        with self.count_lock:
-            count, self.dropped = self.dropped, 0
-        record = log.makeRecord(
-            log.name, logging.WARNING, "", 0, "%d log lines were lost", (count,), None
-        )
-        if self.write((self.format(record) + "\n").encode()):
-            self.drop(count)
 
     def write(self, data: bytes) -> bytes:
         """Write lines, blocking without a limit; returns what an error leaves unwritten."""
@@ -13873,10 +13838,7 @@ def print_settings(settings: Settings) -> None:
     for name, value in settings.redacted_items():
         print_text(f"{name.upper()}={value}")
     for controller in settings.pool():
-        sources = {"api_key": controller.key_source, "proxy": controller.proxy_source}
-        if controller.cookie == settings.akash_cookie:
-            sources["cookie"] = "AKASH_COOKIE"
-        print_section(controller.name, controller, sources)
+        print_section(controller.name, controller, controller.sources)
     for key in settings.keys:
         print_section(f"key {key.name}", key, {})
 
@@ -14027,24 +13989,19 @@ class Signals:
 
 
 def serve(server: Server, load: Callable[[], Settings], signals: Signals) -> int:
-    """Serve until SIGINT or SIGTERM; SIGHUP reloads the settings. The exit status."""
+    """Serve until SIGINT or SIGTERM; SIGHUP reloads valid settings. The exit status."""
     while signals.wait() == SIGHUP:
-        reload(server, load)
+        try:
+            server.reload(load())
+            log.warning("the settings were reloaded")
+        except Exception as error:
+            log.error("the settings stay as they were: %s", error)
     running = server.running_calls()
     if running:
         grace = server.settings.grace
         log.info("stopping: %d running requests have %g seconds to end", running, grace)
     server.stop()
     return 0
-
-
-def reload(server: Server, load: Callable[[], Settings]) -> None:
-    """Reload the settings; the old ones stay if they are invalid."""
-    try:
-        server.reload(load())
-        log.warning("the settings were reloaded")
-    except Exception as error:
-        log.error("the settings stay as they were: %s", error)
 
 
 if __name__ == "__main__":
