@@ -5181,14 +5181,12 @@ def retry_after_seconds(
     With ``limit`` also by rate-limit headers, which some upstreams send with every response.
     None if no wait is given or it can't be parsed.
     """
-    named = (_delay_of(name, value, now) for name, value in headers.items())
-    delays = [
-        min((delay for delay in named if delay is not None), default=None),
-        _delay_from_headers(headers, now) if limit else None,
-        _delay_from_body(body, now),
-        _delay_from_message(message, now),
-    ]
-    seconds = next((delay for delay in delays if delay is not None), None)
+    stated = itertools.chain(
+        _stated_delays(headers, now, limit),
+        _stated_delays(body, now),
+        _delays_in_message(message[:4000], now),
+    )
+    seconds = next((delay for delay in stated if delay is not None), None)
     return None if seconds is None else min(max(1.0, seconds), MAX_RETRY_AFTER)
 
 
@@ -5196,19 +5194,15 @@ def seconds_from_now(
     value: Any, now: Callable[[], float] = time.time, unit: float = 1.0
 ) -> Optional[float]:
     """Seconds until a number, a duration ("1m30.5s"), a Unix time (s or ms) or a date."""
-    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
-        return None
     text = str(value).strip()
-    if len(text) > 100:
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool) or len(text) > 100:
         return None
     for part in (text, text.partition(",")[0].strip()):  # "30, 30": equal headers joined
-        if re.fullmatch(r"[0-9]{1,14}(?:\.[0-9]{1,20})?", part):
-            seconds = float(part) * unit
-            seconds = seconds / 1000 if seconds > 1e11 else seconds  # Unix time in ms
-            return seconds - now() if seconds > 1e9 else seconds
         # Only the last number may lack a unit, or the pattern could split digits in 2^n ways.
         if re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]{1,20})?(?:ms|[smhd]|\Z))+", part):
-            return total_seconds(part)
+            seconds = total_seconds(part) * unit
+            seconds = seconds / 1000 if seconds > 1e11 else seconds  # Unix time in ms
+            return seconds - now() if seconds > 1e9 else seconds
         moment = _timestamp(part)
         if moment is not None:
             return moment - now()
@@ -5228,41 +5222,6 @@ def _timestamp(text: str) -> Optional[float]:
     return None
 
 
-def _delay_from_headers(headers: Dict[str, str], now: Callable[[], float]) -> Optional[float]:
-    """Longest time until a used-up limit resets, by the rate-limit headers in use."""
-    delays: List[Optional[float]] = []
-    for name, value in headers.items():
-        if name in ("ratelimit", "x-ratelimit"):  # "default";r=0;t=60, or remaining=0, reset=60
-            for item in re.split(r', *(?=")', value[:1000]):
-                remaining = re.search(r"\b(?:r|remaining)=([0-9]{1,9})\b", item)
-                reset = re.search(r"\b(?:t|reset)=([0-9]{1,9})\b", item)
-                if reset and (not remaining or remaining[1] == "0"):
-                    delays.append(float(reset[1]))
-        elif "reset" in name.split("-") and re.search(r"rate-?limit|tokenlimit", name):
-            count = headers.get(name.replace("reset", "remaining"), "0").strip()
-            if re.fullmatch(r"0(?:\.0{1,9})?|", count):
-                delays.append(seconds_from_now(value, now))
-    return max((seconds for seconds in delays if seconds is not None), default=None)
-
-
-def _delay_from_body(value: Any, now: Callable[[], float], depth: int = 5) -> Optional[float]:
-    """Delay in a field of an error body, or in response headers that it quotes."""
-    if not depth or not isinstance(value, (dict, list)):
-        return None
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    for name, inner in itertools.islice(items, 64):
-        if name == "headers" and isinstance(inner, dict):
-            quoted = itertools.islice(inner.items(), 64)
-            seconds = retry_after_seconds({key.lower(): str(item) for key, item in quoted}, {}, now)
-        else:
-            seconds = _delay_of(str(name), inner, now)
-        if seconds is None:
-            seconds = _delay_from_body(inner, now, depth - 1)
-        if seconds is not None:
-            return seconds
-    return None
-
-
 # Headers and fields of error bodies, in lower case without "-" and "_".
 _DELAY_FIELD = re.compile(
     r"(?:\w{0,40}retry(?:after|delay|in)|(?:quota)?resets?(?:at|time(?:stamp)?|in|after|delay)"
@@ -5270,11 +5229,41 @@ _DELAY_FIELD = re.compile(
 )
 
 
-def _delay_of(name: str, value: Any, now: Callable[[], float]) -> Optional[float]:
-    """Seconds from now by a header or field, if its name stands for a delay."""
-    name = re.sub("[-_]", "", name[:80].lower())
-    is_delay = _DELAY_FIELD.fullmatch(name)
-    return seconds_from_now(value, now, 0.001 if name.endswith("ms") else 1) if is_delay else None
+def _stated_delays(
+    value: Any, now: Callable[[], float], limit: bool = True, depth: int = 5
+) -> Iterator[Optional[float]]:
+    """Delays in headers, or in an error body and the headers that it quotes; outer ones first."""
+    if not depth or not isinstance(value, (dict, list)):
+        return
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    fields = {str(name)[:80].lower(): inner for name, inner in itertools.islice(items, 100)}
+    names = ((name, re.sub("[-_]", "", name)) for name in fields)
+    delays = [
+        seconds_from_now(fields[name], now, 0.001 if plain.endswith("ms") else 1)
+        for name, plain in names
+        if _DELAY_FIELD.fullmatch(plain)
+    ]
+    yield min((delay for delay in delays if delay is not None), default=None)
+    yield _reset_delay(fields, now) if limit else None
+    for inner in fields.values():
+        yield from _stated_delays(inner, now, limit, depth - 1)
+
+
+def _reset_delay(headers: Dict[str, Any], now: Callable[[], float]) -> Optional[float]:
+    """Longest time until a used-up limit resets, by the rate-limit headers in use."""
+    delays: List[Optional[float]] = []
+    for name, value in headers.items():
+        if name in ("ratelimit", "x-ratelimit"):  # "default";r=0;t=60, or remaining=0, reset=60
+            for item in re.split(r', *(?=")', str(value)[:1000]):
+                remaining = re.search(r"\b(?:r|remaining)=([0-9]{1,9})\b", item)
+                reset = re.search(r"\b(?:t|reset)=([0-9]{1,9})\b", item)
+                if reset and (not remaining or remaining[1] == "0"):
+                    delays.append(float(reset[1]))
+        elif "reset" in name.split("-") and re.search(r"rate-?limit|tokenlimit", name):
+            count = str(headers.get(name.replace("reset", "remaining"), "0")).strip()
+            if re.fullmatch(r"0(?:\.0{1,9})?|", count):
+                delays.append(seconds_from_now(value, now))
+    return max((delay for delay in delays if delay is not None), default=None)
 
 
 _DELAY_IN_MESSAGE = re.compile(
@@ -5283,8 +5272,6 @@ _DELAY_IN_MESSAGE = re.compile(
     r"((?:[0-9]{1,9}(?:\.[0-9]{1,20})? ?(?:[a-z]{1,12})?(?:,? and |, | )?){1,4})",
     re.I,
 )
-
-
 # With its zone, or it could be hours off.
 _DATE_IN_MESSAGE = re.compile(
     r"(?:resets?|until|after|again)(?: at| on)? (20[0-9]{2}-[0-9]{2}-[0-9]{2}[T ][0-9:.]{5,18})"
@@ -5293,13 +5280,13 @@ _DATE_IN_MESSAGE = re.compile(
 )
 
 
-def _delay_from_message(message: str, now: Callable[[], float]) -> Optional[float]:
-    """Seconds in "try again in 7m30s", or until "resets at 2026-01-02 03:04Z"."""
-    date = _DATE_IN_MESSAGE.search(message[:4000])
+def _delays_in_message(text: str, now: Callable[[], float]) -> Iterator[Optional[float]]:
+    """Seconds until "resets at 2026-01-02 03:04Z", or in "try again in 7m30s"."""
+    date, delay = _DATE_IN_MESSAGE.search(text), _DELAY_IN_MESSAGE.search(text)
     if date:
-        return seconds_from_now(date[1] + date[2].upper().replace("UTC", "Z"), now)
-    match = _DELAY_IN_MESSAGE.search(message[:4000])
-    return total_seconds(match[1].lower()) or None if match else None
+        yield seconds_from_now(date[1] + date[2].upper().replace("UTC", "Z"), now)
+    if delay:
+        yield total_seconds(delay[1].lower()) or None
 
 
 def total_seconds(text: str) -> float:
