@@ -4723,78 +4723,56 @@ class ErrorRule(NamedTuple):
         return bool(in_codes or in_words or not (self.codes or self.words))
 
 
+# fmt: off
 _KEY = "the upstream refuses this server's key"
 _QUOTA = "the quota of this server's key is spent"
-_KEY_CODES = (
-    r"invalid_api_key|api_key_invalid|wrong_api_key|token_not_found_in_db|expired_key"
+_KEY_CODES = (r"invalid_api_key|api_key_invalid|wrong_api_key|token_not_found_in_db|expired_key"
     r"|account_deactivated|organization_restricted|api_key_\w{1,40}_blocked|consumer_\w{1,20}"
-    r"|unsupported_country|ip_not_authorized"
-)
-_KEY_WORDS = (
-    r"^(?:incorrect api key|api[ _]key (?:not valid|not found|expired)|invalid x-api-key"
+    r"|unsupported_country|ip_not_authorized")
+_KEY_WORDS = (r"^(?:incorrect api key|api[ _]key (?:not valid|not found|expired)|invalid x-api-key"
     r"|user location is not supported|this organization has been disabled|login fail"
-    r"|[\w ]{0,20}free tier is not available)"
-)
-_LIKELY_KEY_WORDS = (
-    r"(?:invalid|incorrect|wrong|missing|expired|revoked|bad|no)\b[\w -]{0,20}"
+    r"|[\w ]{0,20}free tier is not available)")
+_LIKELY_KEY_WORDS = (r"(?:invalid|incorrect|wrong|missing|expired|revoked|bad|no)\b[\w -]{0,20}"
     r"(?:key\b|token\b|credential|authentication)"
     r"|(?:key|token|credential|account|organi[sz]ation|project|workspace|team)s?\b.{0,60}"
     r"(?:invalid|incorrect|not valid|expired|revoked|leaked|disabled|deactivated|suspended"
     r"|terminated|banned|archived|denied access(?! to))"
     r"|missing scopes|scope requirement|access.{0,20}terminated|country, region|\bip address\b"
-    r"|virtual network|封禁"
-)
+    r"|virtual network|封禁")
 _FORBIDDEN_KEY_WORDS = (
     r"api[ _-]?key|credential|unauthori[sz]ed|authentication|authorization failed"
-    r"|unregistered callers|has not been used in project|public access is disabled"
-)
-_QUOTA_CODES = (
-    r"insufficient_?(?:quota|balance|credit)|exceeded_current_quota"
+    r"|unregistered callers|has not been used in project|public access is disabled")
+_QUOTA_CODES = (r"insufficient_?(?:quota|balance|credit)|exceeded_current_quota"
     r"|billing_(?:error|hard_limit|not_active)|budget_?exceeded|payment_required|creditserror"
-    r"|spend_limit|blocked_api_access|arrearage|not_enough_balance|\b1113\b"
-)
-_QUOTA_WORDS = (
-    r"^(?:your credit balance is too low|insufficient (?:balance|credit|funds)"
+    r"|spend_limit|blocked_api_access|arrearage|not_enough_balance|\b1113\b")
+_QUOTA_WORDS = (r"^(?:your credit balance is too low|insufficient (?:balance|credit|funds)"
     r"|your team (?:[\w-]{1,40} )?has either used all available credits"
-    r"|you have reached your specified|budget has been exceeded|余额不足|您的账户已欠费)"
-)
-_LIKELY_QUOTA = (
-    r"quota|billing|credit|balance|payment|insufficient funds|spending|arrears|budget"
-    r"|(?:key|usage|monthly) limit|余额|欠费|额度"
-)
+    r"|you have reached your specified|budget has been exceeded|余额不足|您的账户已欠费)")
+_LIKELY_QUOTA = (r"quota|billing|credit|balance|payment|insufficient funds|spending|arrears|budget"
+    r"|(?:key|usage|monthly) limit|余额|欠费|额度")
 _MODEL_CODES = (
     r"model_?not_?(?:found|available|supported)|model_(?:access_denied|decommissioned|terms)"
-    r"|(?:unknown|invalid)_model|deploymentnotfound|\b1211\b"
-)
-_NO_MODEL = (
-    r"\bmodels?\b.{0,200}(?:\bnot (?:exist|found)|does ?n[o']t exist|unknown)|模型不存在"
+    r"|(?:unknown|invalid)_model|deploymentnotfound|\b1211\b")
+_NO_MODEL = (r"\bmodels?\b.{0,200}(?:\bnot (?:exist|found)|does ?n[o']t exist|unknown)|模型不存在"
     r"|^(?:\w{1,20}: )?(?:unknown|invalid|no such|unsupported) model\b|invalid model name"
-    r"|is not a valid model|model identifier is invalid"
-)
+    r"|is not a valid model|model identifier is invalid")
 _MODEL_ACCESS = _NO_MODEL + (
     r"|\bmodels?\b.{0,200}(?:\bnot |denied|unavailable|unsupported|restricted|only available"
     r"|requires)"
     r"|(?:access|permi|allowed|authori[sz]ed|entitled|eligible|verified|unknown|invalid"
-    r"|unsupported|no such|available|support|subscribe|upgrade|\buse\b).{0,120}\bmodels?\b"
-)
-_FLAGGED = (
-    r"flagged|moderat|content.?(?:policy|filter|management|violation|safety|exists risk)"
+    r"|unsupported|no such|available|support|subscribe|upgrade|\buse\b).{0,120}\bmodels?\b")
+_FLAGGED = (r"flagged|moderat|content.?(?:policy|filter|management|violation|safety|exists risk)"
     r"|guardrail|unsafe|harmful|sensitive|prohibited.(?:content|due|use)|usage polic|safety"
-    r"|inappropriate|terms of service|(?:blocked|deny-?listed) (?:input|output|token)"
-)
-_OVERSIZED = (
-    r"^request too large|input or output tokens must be reduced|tokens allowed per request"
-    r"|long context requests|reduce the (?:length|size) of (?:the|your)"
-    r"|fewer max_tokens|can only afford|prompt tokens limit exceeded"
-)
+    r"|inappropriate|terms of service|(?:blocked|deny-?listed) (?:input|output|token)")
+_OVERSIZED = (r"^request too large|input or output tokens must be reduced"
+    r"|tokens allowed per request|long context requests|reduce the (?:length|size) of (?:the|your)"
+    r"|fewer max_tokens|can only afford|prompt tokens limit exceeded")
 _OVERFLOW = (
     r"context (?:length|size|window|limit)|context the overflows|maximum (?:prompt|input|model)"
     r" length|(?:prompt|input) (?:is )?too long|token limit|token count|range of input length"
-    r"|tokens \+ .{1,20} must be <="
-)
+    r"|tokens \+ .{1,20} must be <=")
 _OVERFLOW_CODES = "context_?(?:length|window)_?exceeded|exceed_context_size"
 # The first matching row applies. Columns: statuses, codes, words, category, status, reason.
-# fmt: off
 UPSTREAM_ERRORS = [
     # The request asks for more tokens than are left, or than are allowed at once.
     ErrorRule((402, 403, 429), "", _OVERSIZED, Category.REFUSED),
@@ -5016,12 +4994,7 @@ def error_fields(body: Any, depth: int = 6) -> Dict[str, Any]:
     return fields
 
 
-# fmt: off
-_MESSAGE_FIELDS = (
-    "message", "msg", "detail", "error", "title", "error_msg", "errorMessage", "Message",
-    "status_msg",
-)
-# fmt: on
+_MESSAGE_FIELDS = "message msg detail error title error_msg errorMessage Message status_msg"
 
 
 def error_words(value: Any, depth: int = 4) -> str:
@@ -5032,7 +5005,7 @@ def error_words(value: Any, depth: int = 4) -> str:
         return "; ".join(filter(None, (error_words(item, depth - 1) for item in value[:8])))
     value = as_dict(value)
     location = ".".join(str(step) for step in as_list(value.get("loc"))[:8] if step != "body")
-    fields = (value[name] for name in _MESSAGE_FIELDS if value.get(name))
+    fields = (value[name] for name in _MESSAGE_FIELDS.split() if value.get(name))
     words = next(filter(None, (error_words(field, depth - 1) for field in fields)), "")
     raw = as_dict(value.get("metadata")).get("raw")  # OpenRouter: the provider's own error
     if isinstance(raw, str) and words == "Provider returned error":
@@ -5312,12 +5285,10 @@ SECONDS_PER_UNIT = {
 # -- secrets
 
 # Headers of a controller whose values are not secret.
-# fmt: off
-PUBLIC_HEADERS = frozenset((
-    "accept", "accept-language", "anthropic-beta", "anthropic-version", "content-type",
-    "http-referer", "openai-beta", "origin", "referer", "user-agent", "x-title",
-))
-# fmt: on
+PUBLIC_HEADERS = (
+    "accept accept-language anthropic-beta anthropic-version content-type http-referer"
+    " openai-beta origin referer user-agent x-title"
+)
 
 
 def option_secrets(options: ControllerSettings) -> List[str]:
@@ -5326,7 +5297,7 @@ def option_secrets(options: ControllerSettings) -> List[str]:
     for name, value in options.headers.items():
         if name.lower() == "cookie":
             secrets += cookie_values(value)
-        elif name.lower() not in PUBLIC_HEADERS:
+        elif name.lower() not in PUBLIC_HEADERS.split():
             secrets.append(re.sub(r"^(?:(?:bearer|basic|token) |https?://)", "", value, flags=re.I))
     password = urllib.parse.urlsplit(options.proxy).password or ""
     return [*secrets, *filter(None, (password, urllib.parse.unquote(password)))]
@@ -5430,17 +5401,11 @@ def _find_parts(text: str, form: str) -> Iterator[Tuple[int, int]]:
         while at >= 0:
             before = text[max(0, at - offset) : at][::-1], form[:offset][::-1]
             after = text[at : at + len(form)], form[offset:]
-            start = at - common_length(*before)
-            end = at + common_length(*after)
+            start = at - len(os.path.commonprefix(before))
+            end = at + len(os.path.commonprefix(after))
             if start == at - offset or end - start >= 12:
                 yield start, end
             at = text.find(block, end)
-
-
-def common_length(first: str, second: str) -> int:
-    """Length of the longest common prefix of two strings."""
-    differing = (at for at, (one, other) in enumerate(zip(first, second)) if one != other)
-    return next(differing, min(len(first), len(second)))
 
 
 # == 12. akash ================================================================================
