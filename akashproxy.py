@@ -490,7 +490,7 @@ def utc(timestamp: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(timestamp))
 
 
-def start_thread(target: Callable[[], None], name: str) -> bool:
+def start_thread(target: Callable[[], Any], name: str) -> bool:
     """Start a daemon thread; False if the system can't create one."""
     try:
         threading.Thread(target=target, name=name, daemon=True).start()
@@ -7604,6 +7604,11 @@ class Upstream:
       OF_ONE_REQUEST.
     """
 
+    # fmt: off
+    INHERITED = ("served", "failed", "outcomes", "cooldown_count", "known_models", "cooldowns",
+                 "served_at", "last_error", "last_error_at")
+    # fmt: on
+
     def __init__(self, controller: Controller, previous: Optional["Upstream"] = None) -> None:
         self.controller, self.options, self.name = controller, controller.options, controller.name
         adapts = self.options.tools in ("prompt", "refuse")
@@ -7616,26 +7621,16 @@ class Upstream:
         self.last_error, self.last_error_at = "", 0.0  # the latter by time.time()
         self.logged_exceptions: Set[Tuple[Any, ...]] = set()  # (type, file, line) with a traceback
         self.known_models: Optional[frozenset[str]] = None  # its model list; None: not read yet
-        self.identity = self._identity()
-        if previous and previous.identity[:3] == self.identity[:3]:  # type, address and key
-            self._inherit(
-                previous, "served", "failed", "outcomes", "cooldown_count", "known_models"
-            )
-        if previous and previous.identity == self.identity:
-            self._inherit(previous, "cooldowns", "served_at", "last_error", "last_error_at")
+        if previous and previous.account() == self.account():
+            for name in self.INHERITED:
+                setattr(self, name, getattr(previous, name))
             controller.take_over(previous.controller)
 
-    def _inherit(self, previous: "Upstream", *names: str) -> None:
-        for name in names:
-            setattr(self, name, getattr(previous, name))
-
-    def _identity(self) -> Tuple[Any, ...]:
-        """Settings of its address and account; a change of one voids the cool-downs."""
+    def account(self) -> Tuple[Any, ...]:
+        """Settings of its address and account; a change of one voids state and cool-downs."""
         options, settings = self.options, self.controller.settings
-        headers = tuple(sorted(options.headers.items()))
-        upstream = options.type, options.base_url, options.api_key  # in this order, see __init__
-        account = options.proxy, headers, options.cookie, settings.user_agent, settings.ca_file
-        return (*upstream, *account)
+        upstream = options.type, options.base_url, options.api_key, options.cookie, options.headers
+        return (*upstream, options.proxy, settings.user_agent, settings.ca_file)
 
     def serves(self, model: str) -> Optional[bool]:
         """Whether it offers the model: True, False, or None if unknown (worth a try)."""
@@ -7944,23 +7939,24 @@ def without_name(message: str, name: str) -> str:
 
 def read_model_lists(upstreams: List[Upstream]) -> Dict[Upstream, Tuple[Any, Any, Any]]:
     """Results of the upstreams' list_models(), called concurrently."""
-    lists: Dict[Upstream, Tuple[Any, Any, Any]] = {}
+    lists: Dict[Upstream, Tuple[Any, Any, Any]] = {
+        upstream: ([], upstream.known_models, None)  # remains if list_models() raises
+        for upstream in upstreams
+    }
 
     def read(upstream: Upstream) -> None:
-        lists[upstream] = [], upstream.known_models, None  # remains if list_models() raises
         lists[upstream] = upstream.list_models()
 
-    threads = [
-        threading.Thread(target=read, args=(upstream,), daemon=True) for upstream in upstreams
-    ]
-    for thread in threads:
+    threads = []
+    for upstream in upstreams:
+        thread = threading.Thread(target=read, args=(upstream,), daemon=True)
         try:
             thread.start()
+            threads.append(thread)
         except RuntimeError:  # the system's limit of threads
-            thread.run()
+            read(upstream)
     for thread in threads:
-        if thread.ident:
-            thread.join()
+        thread.join()
     return lists
 
 
@@ -8103,11 +8099,11 @@ class Pool:
                 raise waiter.error(now)
             return upstream
         exchange.set_waiter(waiter)
-        self.queue.add(waiter)
         # Race: another thread cancels and finds no wakeup to set, then we store wakeup. Without a
         # second look the call would never be resumed.
-        if exchange.cancellation.reason and self.queue.remove(waiter):
+        if exchange.cancellation.reason:
             raise exchange.cancellation.reason
+        self.queue.add(waiter)
         raise Queued
 
     def _resume_ready(
@@ -8135,14 +8131,12 @@ class Pool:
         with self.lock:
             return self._resume_ready(self.clock(), limit) == limit
 
-    def leave_queue(self, exchange: "Exchange") -> None:
+    def leave_queue(self, waiter: Waiter) -> None:
         """Remove a call that has ended, and release an upstream assigned to it."""
         with self.lock:
-            waiter = exchange.waiter
-            exchange.set_waiter(None)
-            if waiter is not None and not self.queue.remove(waiter) and waiter.upstream is not None:
-                waiter.upstream.in_flight -= 1
-                self._resume_ready(self.clock(), freed=waiter.upstream)
+            self.queue.remove(waiter)
+        if waiter.upstream is not None:
+            self.release(waiter.upstream, None, False, 0.0)
 
     def release(
         self,
@@ -8184,20 +8178,10 @@ class Pool:
 
     def refresh_models_async(self) -> None:
         """Refresh the model lists in a thread if they are due."""
-        if self.clock() >= self.refresh_at:
-            self.refresh_at = math.inf
-            if not start_thread(self._refresh_models, "akashproxy models"):
-                self.refresh_at = self.clock() + Cache.RETRY
-
-    def _refresh_models(self) -> None:
-        try:
-            self.models()
-        except APIError as error:
-            log.info("model lists: %s", error.message)
-        finally:
-            incomplete = any(upstream.known_models is None for upstream in self.upstreams)
-            seconds = Cache.RETRY if incomplete else self.settings.models_ttl
-            self.refresh_at = self.clock() + seconds
+        now = self.clock()
+        if now >= self.refresh_at:
+            self.refresh_at = now + Cache.RETRY  # in case that it fails
+            start_thread(self.read_names, "akashproxy models")
 
     def models(self) -> List[Dict[str, Any]]:
         """The union of all model lists, each model once. Raises APIError if it is empty.
@@ -8217,8 +8201,10 @@ class Pool:
                     if CONTEXT_FIELDS[0] not in first:
                         union[model["id"]] = with_context_length(first, model)
             self.candidates.cache_clear()
-        self.model_names = frozenset(union)
-        self.model_names_refresh_at = self.clock() + min(Cache.RETRY, self.settings.models_ttl)
+        self.model_names, now, seconds = frozenset(union), self.clock(), self.settings.models_ttl
+        self.model_names_refresh_at = now + min(Cache.RETRY, seconds)
+        incomplete = any(upstream.known_models is None for upstream in self.upstreams)
+        self.refresh_at = now + (Cache.RETRY if incomplete else seconds)
         if union:
             return list(union.values()), 0
         errors = [error for _, _, error in lists.values() if error]
@@ -8396,7 +8382,7 @@ class Exchange:
         self.route: List[str] = []  # the attempts, such as "akash=429"
 
     def set_waiter(self, waiter: Optional[Waiter]) -> None:
-        """Set the entry in the queue; cancelling resumes it. Under the pool's lock."""
+        """Set the entry in the queue; cancelling resumes it."""
         self.waiter = self.cancellation.wakeup = waiter
 
     def attempt(self) -> bool:
@@ -8530,7 +8516,8 @@ class Exchange:
         """End the call, with the error that ended its last attempt, if any. Idempotent."""
         self._end_attempt(error)
         if self.waiter is not None:
-            self.pool.leave_queue(self)
+            self.pool.leave_queue(self.waiter)
+            self.set_waiter(None)
         self.resume = bool  # breaks a reference cycle
 
 
