@@ -7792,16 +7792,13 @@ class Waiter:
     is counted as in flight.
     """
 
-    def __init__(
-        self, queue: "CallQueue", exchange: "Exchange", upstreams: List[Upstream], deadline: float
-    ) -> None:
-        self.queue, self.exchange, self.deadline = queue, exchange, deadline
+    def __init__(self, exchange: "Exchange", upstreams: List[Upstream], deadline: float) -> None:
+        self.exchange, self.deadline = exchange, deadline
         self.known = [up for up in upstreams if up not in exchange.unsupported]
         self.candidates = [up for up in self.known if up not in exchange.tried]
         is_only = len(self.known) == 1 and not exchange.other_models
         self.ignored = BACKOFF_CATEGORIES if is_only else ()
         self.upstream: Optional[Upstream] = None
-        self.number = 0  # in the queue
         self.key: Tuple[Any, ...] = ()  # calls with the same key become ready at the same time
 
     def available_at(self, upstreams: List[Upstream], now: float) -> float:
@@ -7809,6 +7806,10 @@ class Waiter:
         model = self.exchange.call.model
         ends = (upstream.available_at(model, self.ignored) for upstream in upstreams)
         return max(min(ends, default=now), now)
+
+    def may_wait(self, now: float) -> bool:
+        """Whether a cool-down ends by the deadline."""
+        return now < self.deadline >= self.available_at(self.candidates, now)
 
     def error(self, now: float) -> APIError:
         """The error of the call if no upstream can serve it now.
@@ -7838,8 +7839,8 @@ class Waiter:
 
     def set(self) -> None:
         """Resume a cancelled call; the method of threading.Event that cancel() uses."""
-        with self.queue.lock:
-            self.queue.resume(self)
+        with self.exchange.pool.lock:
+            self.exchange.pool.queue.resume(self)
 
 
 def most_informative(errors: List[APIError]) -> APIError:
@@ -7854,16 +7855,13 @@ class CallQueue:
     each line is examined: to examine every call at each release would take quadratic time.
     """
 
-    def __init__(self, lock: threading.Lock) -> None:
-        self.lock = lock
-        self.numbers = itertools.count()
+    def __init__(self) -> None:
         self.lines: Dict[Tuple[Any, ...], OrderedDict[Waiter, None]] = {}
 
     def add(self, waiter: Waiter) -> None:
         of_models = any(model for up in waiter.candidates for _, model in up.cooldowns)
         model = waiter.exchange.call.model if of_models else ""
         waiter.key = (model, waiter.ignored, *map(id, waiter.candidates))
-        waiter.number = next(self.numbers)
         self.lines.setdefault(waiter.key, OrderedDict())[waiter] = None
 
     def remove(self, waiter: Waiter) -> bool:
@@ -7971,7 +7969,7 @@ class Pool:
     ) -> None:
         self.settings, self.clock = settings, clock
         self.lock: threading.Lock = previous.lock if previous else threading.Lock()
-        self.queue: CallQueue = previous.queue if previous else CallQueue(self.lock)
+        self.queue: CallQueue = previous.queue if previous else CallQueue()
         self.upstreams: List[Upstream] = make_upstreams(settings, previous)
         self.enabled = [upstream for upstream in self.upstreams if upstream.options.weight > 0]
         choices = {"random": weighted_random, "least_busy": least_connections}
@@ -8042,7 +8040,7 @@ class Pool:
             now, waiter = self.clock(), exchange.waiter
             if waiter is None:
                 upstreams = self.candidates(exchange.call.model)
-                waiter = Waiter(self.queue, exchange, upstreams, now + self.settings.max_wait)
+                waiter = Waiter(exchange, upstreams, now + self.settings.max_wait)
             elif exchange.cancellation.reason:
                 raise exchange.cancellation.reason  # close() releases the assigned upstream
             exchange.set_waiter(None)
@@ -8085,15 +8083,14 @@ class Pool:
     def _enqueue(self, waiter: Waiter, now: float) -> Upstream:
         """Queue a call: raises Queued, or an error if waiting is useless.
 
-        Waiting is useless if no upstream will be available by the deadline. In that case one with
-        a cool-down OF_ONE_REQUEST is returned, if there is any: either it serves the call, so that
-        one client's request can't block the others, or the client gets the error that names the
-        cause.
+        Waiting is useless if no upstream will be available by the deadline. Then one with a
+        cool-down OF_ONE_REQUEST is returned, if there is any: either it serves the call, so that
+        one client's request can't block the others, or its error names the cause.
         """
         exchange = waiter.exchange
         if not waiter.candidates or exchange.other_models:
             raise waiter.error(now)
-        if now >= waiter.deadline or waiter.available_at(waiter.candidates, now) > waiter.deadline:
+        if not waiter.may_wait(now):
             upstream = self._pick(waiter, now, also_ignored=OF_ONE_REQUEST)
             if upstream is None:
                 raise waiter.error(now)
@@ -8115,12 +8112,11 @@ class Pool:
         Only ``freed`` is considered if given: the one that has ended an attempt.
         """
         resumed = 0
-        for line in sorted(self.queue.lines.values(), key=lambda line: next(iter(line)).number):
+        for line in sorted(self.queue.lines.values(), key=lambda line: next(iter(line)).deadline):
             while line and resumed < limit and (freed is None or freed.has_capacity()):
                 waiter = next(iter(line))
                 upstream = self._pick(waiter, now, freed)
-                available_at = waiter.available_at(waiter.candidates, now)
-                if upstream is None and now < waiter.deadline >= available_at:
+                if upstream is None and waiter.may_wait(now):
                     break
                 self.queue.resume(waiter, upstream)
                 resumed += 1
@@ -8412,9 +8408,7 @@ class Exchange:
         if self.pool.settings.pool_type == "affinity":
             self.conversation = conversation_of(call)
         targets = self.pool.resolve_alias(call.model)
-        if call.allowed_models:
-            targets = [name for name in targets if model_allowed(call.allowed_models, name)]
-        self.other_models = targets
+        self.other_models = [name for name in targets if model_allowed(call.allowed_models, name)]
         self.show_models = len(self.other_models) > 1
         if not self.other_models:
             raise self.pool.unknown_model(call)
