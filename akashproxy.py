@@ -4850,42 +4850,61 @@ def error_from_body(
     headers: Optional[Dict[str, str]] = None,
     models: Iterable[str] = (),
 ) -> APIError:
-    """Translate an upstream's error response, by UPSTREAM_ERRORS; see ErrorReport.
+    """Translate an upstream's error response, by UPSTREAM_ERRORS.
 
-    Only errors that are not the client's own begin with the upstream's name.
+    ``status`` 200: it came in place of an answer. ``body`` is a JSON value, or bytes that are not
+    JSON. ``secrets`` are not shown. ``models`` are the names of the requested model.
     """
-    report = ErrorReport(status, body, secrets, models)
-    rule, category = report.rule, report.rule.category
-    wait = retry_after_seconds(
-        headers or {}, report.body, message=report.words, limit=category is Category.RATE_LIMIT
-    )
-    if category is Category.SERVER and wait:  # one that says when to retry is a limit
-        category = Category.RATE_LIMIT
-    if category is Category.AUTH:
-        # LiteLLM as a client retries any message with "429" in it, in vain if a quota is spent.
-        note = f" ({report.status})" if rule.reason != _QUOTA else ""
-        message = f"{upstream_name}: {rule.reason}{note}: {report.message}"
-        error = auth_error(message, report.status)
-    else:
-        is_clients = category in (Category.REQUEST, Category.REFUSED) and not report.is_page
-        names = report.names if is_clients else {}
-        error = APIError(
-            rule.status or report.status,
-            report.message if is_clients else f"{upstream_name}: {report.message}",
-            type=names.get("type"),
-            code=report.names.get("code") or DEFAULT_CODES.get(rule.category),
-            param="model" if category is Category.MODEL else names.get("param"),
-            category=category,
-            retry=False if category is Category.REFUSED else None,
-            retry_after=wait if category is Category.RATE_LIMIT else None,
-        )
-    if category is Category.REQUEST:
-        error.overflow = find_overflow(report.codes, report.text.lower())
+    body = page_or_text(body) if isinstance(body, bytes) else body
+    fields = error_fields(body)
+    words, codes = error_words(fields), error_codes(fields)
+    actual = error_status(status, fields, words)
+    given = to_json(body).decode()[:300] if body else ""
+    text = inner_message(words) or given or f"It answered with status {actual}."
+    unquoted = _without_quotes(text, models)
+    rule = next(rule for rule in UPSTREAM_ERRORS if rule.matches(actual, codes, unquoted))
+    is_limit = rule.category is Category.RATE_LIMIT
+    wait = retry_after_seconds(headers or {}, body, message=words, limit=is_limit)
+    if rule.category is Category.SERVER and wait:  # one that says when to retry is a limit
+        rule, is_limit = rule._replace(category=Category.RATE_LIMIT), True
+    names = {  # the upstream's own; LiteLLM repeats the status as the code
+        name: redact(fields[name][:1000], secrets)[:200]
+        for name in ("type", "code", "param")
+        if isinstance(fields.get(name), str) and not re.fullmatch("[0-9]{3}", fields[name])
+    }
+    error = _shown_error(upstream_name, rule, actual, redact(text[:4000], secrets)[:1000], names)
+    if rule.category is Category.REQUEST:
+        error.overflow = find_overflow(codes, text.lower())
     if error.overflow:
         error.code = "context_length_exceeded"
-    error.upstream_status = report.status if status == 200 else status
-    error.cooldown_scope = report.cooldown_scope(category)
+    error.retry_after = wait if is_limit else None
+    error.upstream_status = actual if status == 200 else status
+    if _is_of_model(is_limit, words, body, models):
+        error.cooldown_scope = "model"
     return error
+
+
+def _shown_error(
+    upstream_name: str, rule: ErrorRule, status: int, message: str, names: Dict[str, str]
+) -> APIError:
+    """Only errors that are not the client's own begin with the upstream's name."""
+    category, is_page = rule.category, names.get("type") == "web_page"
+    if category is Category.AUTH:
+        # LiteLLM as a client retries any message with "429" in it, in vain if a quota is spent.
+        note = f" ({status})" if rule.reason != _QUOTA else ""
+        return auth_error(f"{upstream_name}: {rule.reason}{note}: {message}", status)
+    code = names.get("code") or DEFAULT_CODES.get(category)
+    if category not in (Category.REQUEST, Category.REFUSED) or is_page:
+        message, names = f"{upstream_name}: {message}", {}
+    return APIError(
+        rule.status or status,
+        message,
+        type=names.get("type"),
+        code="upstream_blocked" if is_page and category is Category.REFUSED else code,
+        param="model" if category is Category.MODEL else names.get("param"),
+        category=category,
+        retry=False if category is Category.REFUSED else None,
+    )
 
 
 def auth_error(message: str, status: int) -> APIError:
@@ -4903,57 +4922,23 @@ def auth_error(message: str, status: int) -> APIError:
     )
 
 
-class ErrorReport:
-    """An upstream's error in any form, and the row of UPSTREAM_ERRORS that applies.
-
-    ``status`` 200: it came in place of an answer. ``body`` is a JSON value, or bytes that are not
-    JSON. ``secrets`` are removed from ``message`` and ``names``, the parts that are shown.
-    ``models`` are the names of the requested model.
-    """
-
-    def __init__(
-        self, status: int, body: Any, secrets: Iterable[str], models: Iterable[str]
-    ) -> None:
-        self.models = models
-        self.body = body = page_or_text(body) if isinstance(body, bytes) else body
-        fields = error_fields(body)
-        self.words = words = error_words(fields)
-        self.status = error_status(status, fields, words)
-        given = to_json(body).decode()[:300] if body else ""
-        self.text = inner_message(words) or given or f"It answered with status {self.status}."
-        self.message = redact(self.text[:4000], secrets)[:1000]
-        self.codes, unquoted = error_codes(fields), _without_quotes(self.text, models)
-        self.rule = next(
-            rule for rule in UPSTREAM_ERRORS if rule.matches(self.status, self.codes, unquoted)
-        )
-        self.names = {  # the upstream's own; LiteLLM repeats the status as the code
-            name: redact(fields[name][:1000], secrets)[:200]
-            for name in ("type", "code", "param")
-            if isinstance(fields.get(name), str) and not re.fullmatch("[0-9]{3}", fields[name])
-        }
-        self.is_page = self.names.get("type") == "web_page"
-        if self.is_page and self.rule.category is Category.REFUSED:
-            self.names["code"] = "upstream_blocked"
-
-    def cooldown_scope(self, category: Category) -> str:
-        """The part of the controller that cools down: itself, or only the requested model."""
-        if category is not Category.RATE_LIMIT:
-            # LiteLLM's own authentication errors: its key for this model is invalid, not ours.
-            return "model" if "litellm.Auth" in self.words else "controller"
-        text = f"{self.words[:2000]} {_encode(self.body)[:8000]}".lower()
-        is_named = re.search(_MODEL_LIMIT, text) or any(
-            re.search(rf"(?<!\w){re.escape(name.lower()[:MAX_NAME])}(?!\w)", text)
-            for name in self.models
-            if len(name) > 2
-        )
-        return "model" if is_named else "controller"
-
-
 _MODEL_LIMIT = (
     r"\bmodel ?[:=`'\"\\]|this model|(?:per|by)model"
     r"|rate limit reached for (?!org|team|user|proj|key|api|your|acc|def|req|tok|[rt]p[mdh]\b"
     r"|in |on )\w"
 )
+
+
+def _is_of_model(is_limit: bool, words: str, body: Any, models: Iterable[str]) -> bool:
+    """Whether only the requested model is to cool down, not the controller."""
+    if not is_limit:  # LiteLLM's own authentication errors: its key for this model is invalid
+        return "litellm.Auth" in words
+    text = f"{words[:2000]} {_encode(body)[:8000]}".lower()
+    return bool(re.search(_MODEL_LIMIT, text)) or any(
+        re.search(rf"(?<!\w){re.escape(name.lower()[:MAX_NAME])}(?!\w)", text)
+        for name in models
+        if len(name) > 2
+    )
 
 
 def page_or_text(data: bytes) -> Any:
