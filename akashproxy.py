@@ -7959,7 +7959,7 @@ class Pool:
         self.enabled = [upstream for upstream in self.upstreams if upstream.options.weight > 0]
         choices = {"random": weighted_random, "least_busy": least_connections}
         self.choose = choices.get(settings.pool_type, weighted_round_robin)
-        self.refresh_at = self.model_names_refresh_at = -math.inf
+        self.refresh_at = self.names_read_at = -math.inf
         self.model_names: frozenset[str] = frozenset()  # of all lists
         # It is always old: only concurrent callers share one.
         self.model_lists = Cache("model lists", self._read_models, clock, retry=0)
@@ -7983,7 +7983,7 @@ class Pool:
 
     def read_names(self) -> frozenset[str]:
         """Names of all lists, which are read if they are not recent. Worker thread."""
-        if self.clock() >= self.model_names_refresh_at:
+        if self.clock() >= self.names_read_at + min(Cache.RETRY, self.settings.models_ttl):
             with contextlib.suppress(APIError):  # the last known ones are better than none
                 self.models()
         return self.model_names
@@ -8038,18 +8038,11 @@ class Pool:
             return upstream
 
     def _pick(
-        self,
-        waiter: Waiter,
-        now: float,
-        freed: Optional[Upstream] = None,
-        also_ignored: Tuple[Category, ...] = (),
+        self, waiter: Waiter, now: float, also_ignored: Tuple[Category, ...] = ()
     ) -> Optional[Upstream]:
-        """The upstream to use now: an available one, else one that is due for a recheck.
-
-        Only ``freed`` is considered if given.
-        """
+        """The upstream to use now: an available one, else one that is due for a recheck."""
         call, ignored = waiter.exchange.call, waiter.ignored + also_ignored
-        free = [up for up in waiter.candidates if up.has_capacity() and freed in (None, up)]
+        free = [up for up in waiter.candidates if up.has_capacity()]
         ready = [
             up for up in free if not up.cooldowns or up.available_at(call.model, ignored) <= now
         ]
@@ -8088,19 +8081,16 @@ class Pool:
         self.queue.add(waiter)
         raise Queued
 
-    def _resume_ready(
-        self, now: float, limit: float = math.inf, freed: Optional[Upstream] = None
-    ) -> int:
+    def _resume_ready(self, now: float, limit: float = math.inf) -> int:
         """Resume up to ``limit`` ready calls, oldest first; returns their number.
 
         A call is ready if there is an upstream for it, or none will be available by its deadline.
-        Only ``freed`` is considered if given: the one that has ended an attempt.
         """
         resumed = 0
         for line in sorted(self.queue.lines.values(), key=lambda line: next(iter(line)).deadline):
-            while line and resumed < limit and (freed is None or freed.has_capacity()):
+            while line and resumed < limit:
                 waiter = next(iter(line))
-                upstream = self._pick(waiter, now, freed)
+                upstream = self._pick(waiter, now)
                 if upstream is None and waiter.may_wait(now):
                     break
                 self.queue.resume(waiter, upstream)
@@ -8134,7 +8124,7 @@ class Pool:
             if error is not None or committed:
                 upstream.record_result(error, now, started, model)
             if self.queue.lines:
-                self._resume_ready(now, freed=upstream)
+                self._resume_ready(now)
 
     def _candidates(self, model: str) -> List[Upstream]:
         """Upstreams that are known to offer a model, else those that may."""
@@ -8182,10 +8172,10 @@ class Pool:
                     if CONTEXT_FIELDS[0] not in first:
                         union[model["id"]] = with_context_length(first, model)
             self.candidates.cache_clear()
-        self.model_names, now, seconds = frozenset(union), self.clock(), self.settings.models_ttl
-        self.model_names_refresh_at = now + min(Cache.RETRY, seconds)
+        self.model_names, self.names_read_at = frozenset(union), self.clock()
         incomplete = any(upstream.known_models is None for upstream in self.upstreams)
-        self.refresh_at = now + (Cache.RETRY if incomplete else seconds)
+        seconds = Cache.RETRY if incomplete else self.settings.models_ttl
+        self.refresh_at = self.names_read_at + seconds
         if union:
             return list(union.values()), 0
         errors = [error for _, _, error in lists.values() if error]
