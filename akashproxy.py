@@ -7568,6 +7568,10 @@ class CoolDown:
             self.recheck_at = now + RECHECK
 
 
+# Models to offer, all names in a list (those known before if reading failed), and the error.
+ModelList = Tuple[List[Dict[str, Any]], Optional[frozenset[str]], Optional[APIError]]
+
+
 class Upstream:
     """A controller in the pool, its counters and cool-downs. Under the pool's lock.
 
@@ -7636,22 +7640,18 @@ class Upstream:
         if error is None:
             self.served += 1
             self.served_at = now
-            for key, cooldown in list(self.cooldowns.items()):  # those that the success disproves
-                if (
-                    key[1] in ("", self.controller.upstream_model(model))
-                    and cooldown.failed_at <= started
-                ):
+            for key, cooldown in self._applicable(model).items():
+                if cooldown.failed_at <= started:  # the success disproves it
                     del self.cooldowns[key]
             return
         category = error.category
         if category is Category.SERVER and error.retry_after:
             category = Category.RATE_LIMIT
-        policy = FAILURE_POLICY[category]
-        after = policy.cool_down_after
+        _, after, summary = FAILURE_POLICY[category]
         if after is None:
             return
         self.failed += 1
-        summary = error.reason or SUMMARY_BY_CODE.get(error.code or "", policy.summary)
+        summary = error.reason or SUMMARY_BY_CODE.get(error.code or "", summary)
         self.last_error, self.last_error_at = f"{error.status} {summary}", time.time()
         if category is Category.AUTH and now - self.served_at < KEY_TRUST:
             after = 2
@@ -7672,22 +7672,23 @@ class Upstream:
             self.cooldowns[key] = CoolDown()
         return self.cooldowns[key]
 
-    def _applicable(self, model: str, ignored: Tuple[Category, ...]) -> List[CoolDown]:
+    def _applicable(
+        self, model: str, ignored: Tuple[Category, ...] = ()
+    ) -> Dict[Tuple[Category, str], CoolDown]:
         """The cool-downs that apply to a model, except for the ignored categories."""
         scopes = ("", self.controller.upstream_model(model))
-        return [
-            cooldown
-            for (category, scope), cooldown in self.cooldowns.items()
-            if scope in scopes and category not in ignored
-        ]
+        items = self.cooldowns.items()
+        return {key: each for key, each in items if key[1] in scopes and key[0] not in ignored}
 
     def available_at(self, model: str = "", ignored: Tuple[Category, ...] = ()) -> float:
         """End of the cool-downs for a model ("": for all), by the pool's clock; 0 if none."""
-        return max((cooldown.until for cooldown in self._applicable(model, ignored)), default=0.0)
+        applicable = self._applicable(model, ignored).values()
+        return max((cooldown.until for cooldown in applicable), default=0.0)
 
     def recheck(self, model: str, ignored: Tuple[Category, ...], now: float) -> bool:
         """Whether to probe it despite a cool-down; True at most once in RECHECK seconds."""
-        pending = [each for each in self._applicable(model, ignored) if each.until > now]
+        applicable = self._applicable(model, ignored).values()
+        pending = [cooldown for cooldown in applicable if cooldown.until > now]
         if not pending or any(cooldown.recheck_at > now for cooldown in pending):
             return False
         for cooldown in pending:
@@ -7705,13 +7706,13 @@ class Upstream:
     def metrics(self, now: float) -> Dict[Tuple[str, ...], float]:
         """Return its metrics, {(name, label, ...): number} without its own label."""
         rest = self.available_at() - now
-        outcomes, own = self.outcomes.copy(), self.controller.metrics()
+        outcomes = self.outcomes.copy()
         return {
             ("akashproxy_controller_rests_total",): self.cooldown_count,
             ("akashproxy_controller_resting",): int(rest > 0),
             ("akashproxy_controller_rest_seconds",): max(0.0, round(rest, 3)),
             **{("akashproxy_upstream_requests_total", name): outcomes[name] for name in outcomes},
-            **{(name,): value for name, value in own.items()},
+            **{(name,): value for name, value in self.controller.metrics().items()},
         }
 
     def log_exception(self, error: APIError) -> None:
@@ -7729,14 +7730,8 @@ class Upstream:
         )
         self.logged_exceptions.add(location)
 
-    def list_models(
-        self,
-    ) -> Tuple[List[Dict[str, Any]], Optional[frozenset[str]], Optional[APIError]]:
-        """Read its model list.
-
-        Returns the models to offer, all names in the list (the known ones if reading failed), and
-        the error. Models that the configuration names are always included.
-        """
+    def list_models(self) -> ModelList:
+        """Read its model list. Models that the configuration names are always included."""
         by_name: Dict[str, Dict[str, Any]] = {}
         names, error = self.known_models, None
         try:
@@ -7920,12 +7915,9 @@ def without_name(message: str, name: str) -> str:
     return message.removeprefix(f"{name}: ").removeprefix(f"{name} ")
 
 
-def read_model_lists(upstreams: List[Upstream]) -> Dict[Upstream, Tuple[Any, Any, Any]]:
+def read_model_lists(upstreams: List[Upstream]) -> Dict[Upstream, ModelList]:
     """Results of the upstreams' list_models(), called concurrently."""
-    lists: Dict[Upstream, Tuple[Any, Any, Any]] = {
-        upstream: ([], upstream.known_models, None)  # remains if list_models() raises
-        for upstream in upstreams
-    }
+    lists: Dict[Upstream, ModelList] = {}
 
     def read(upstream: Upstream) -> None:
         lists[upstream] = upstream.list_models()
@@ -8166,7 +8158,7 @@ class Pool:
         union: Dict[str, Dict[str, Any]] = {}
         with self.lock:  # all at once, or the first list would attract all requests meanwhile
             for upstream in self.enabled:
-                models, upstream.known_models, _ = lists[upstream]
+                models, upstream.known_models, _ = lists.get(upstream, ([], None, None))
                 for model in models:
                     first = union.setdefault(model["id"], model)
                     if CONTEXT_FIELDS[0] not in first:
