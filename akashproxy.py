@@ -490,7 +490,7 @@ def utc(timestamp: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(timestamp))
 
 
-def start_thread(target: Callable[[], None], name: str) -> bool:
+def start_thread(target: Callable[[], Any], name: str) -> bool:
     """Start a daemon thread; False if the system can't create one."""
     try:
         threading.Thread(target=target, name=name, daemon=True).start()
@@ -4577,78 +4577,56 @@ class ErrorRule(NamedTuple):
         return bool(in_codes or in_words or not (self.codes or self.words))
 
 
+# fmt: off
 _KEY = "the upstream refuses this server's key"
 _QUOTA = "the quota of this server's key is spent"
-_KEY_CODES = (
-    r"invalid_api_key|api_key_invalid|wrong_api_key|token_not_found_in_db|expired_key"
+_KEY_CODES = (r"invalid_api_key|api_key_invalid|wrong_api_key|token_not_found_in_db|expired_key"
     r"|account_deactivated|organization_restricted|api_key_\w{1,40}_blocked|consumer_\w{1,20}"
-    r"|unsupported_country|ip_not_authorized"
-)
-_KEY_WORDS = (
-    r"^(?:incorrect api key|api[ _]key (?:not valid|not found|expired)|invalid x-api-key"
+    r"|unsupported_country|ip_not_authorized")
+_KEY_WORDS = (r"^(?:incorrect api key|api[ _]key (?:not valid|not found|expired)|invalid x-api-key"
     r"|user location is not supported|this organization has been disabled|login fail"
-    r"|[\w ]{0,20}free tier is not available)"
-)
-_LIKELY_KEY_WORDS = (
-    r"(?:invalid|incorrect|wrong|missing|expired|revoked|bad|no)\b[\w -]{0,20}"
+    r"|[\w ]{0,20}free tier is not available)")
+_LIKELY_KEY_WORDS = (r"(?:invalid|incorrect|wrong|missing|expired|revoked|bad|no)\b[\w -]{0,20}"
     r"(?:key\b|token\b|credential|authentication)"
     r"|(?:key|token|credential|account|organi[sz]ation|project|workspace|team)s?\b.{0,60}"
     r"(?:invalid|incorrect|not valid|expired|revoked|leaked|disabled|deactivated|suspended"
     r"|terminated|banned|archived|denied access(?! to))"
     r"|missing scopes|scope requirement|access.{0,20}terminated|country, region|\bip address\b"
-    r"|virtual network|封禁"
-)
+    r"|virtual network|封禁")
 _FORBIDDEN_KEY_WORDS = (
     r"api[ _-]?key|credential|unauthori[sz]ed|authentication|authorization failed"
-    r"|unregistered callers|has not been used in project|public access is disabled"
-)
-_QUOTA_CODES = (
-    r"insufficient_?(?:quota|balance|credit)|exceeded_current_quota"
+    r"|unregistered callers|has not been used in project|public access is disabled")
+_QUOTA_CODES = (r"insufficient_?(?:quota|balance|credit)|exceeded_current_quota"
     r"|billing_(?:error|hard_limit|not_active)|budget_?exceeded|payment_required|creditserror"
-    r"|spend_limit|blocked_api_access|arrearage|not_enough_balance|\b1113\b"
-)
-_QUOTA_WORDS = (
-    r"^(?:your credit balance is too low|insufficient (?:balance|credit|funds)"
+    r"|spend_limit|blocked_api_access|arrearage|not_enough_balance|\b1113\b")
+_QUOTA_WORDS = (r"^(?:your credit balance is too low|insufficient (?:balance|credit|funds)"
     r"|your team (?:[\w-]{1,40} )?has either used all available credits"
-    r"|you have reached your specified|budget has been exceeded|余额不足|您的账户已欠费)"
-)
-_LIKELY_QUOTA = (
-    r"quota|billing|credit|balance|payment|insufficient funds|spending|arrears|budget"
-    r"|(?:key|usage|monthly) limit|余额|欠费|额度"
-)
+    r"|you have reached your specified|budget has been exceeded|余额不足|您的账户已欠费)")
+_LIKELY_QUOTA = (r"quota|billing|credit|balance|payment|insufficient funds|spending|arrears|budget"
+    r"|(?:key|usage|monthly) limit|余额|欠费|额度")
 _MODEL_CODES = (
     r"model_?not_?(?:found|available|supported)|model_(?:access_denied|decommissioned|terms)"
-    r"|(?:unknown|invalid)_model|deploymentnotfound|\b1211\b"
-)
-_NO_MODEL = (
-    r"\bmodels?\b.{0,200}(?:\bnot (?:exist|found)|does ?n[o']t exist|unknown)|模型不存在"
+    r"|(?:unknown|invalid)_model|deploymentnotfound|\b1211\b")
+_NO_MODEL = (r"\bmodels?\b.{0,200}(?:\bnot (?:exist|found)|does ?n[o']t exist|unknown)|模型不存在"
     r"|^(?:\w{1,20}: )?(?:unknown|invalid|no such|unsupported) model\b|invalid model name"
-    r"|is not a valid model|model identifier is invalid"
-)
+    r"|is not a valid model|model identifier is invalid")
 _MODEL_ACCESS = _NO_MODEL + (
     r"|\bmodels?\b.{0,200}(?:\bnot |denied|unavailable|unsupported|restricted|only available"
     r"|requires)"
     r"|(?:access|permi|allowed|authori[sz]ed|entitled|eligible|verified|unknown|invalid"
-    r"|unsupported|no such|available|support|subscribe|upgrade|\buse\b).{0,120}\bmodels?\b"
-)
-_FLAGGED = (
-    r"flagged|moderat|content.?(?:policy|filter|management|violation|safety|exists risk)"
+    r"|unsupported|no such|available|support|subscribe|upgrade|\buse\b).{0,120}\bmodels?\b")
+_FLAGGED = (r"flagged|moderat|content.?(?:policy|filter|management|violation|safety|exists risk)"
     r"|guardrail|unsafe|harmful|sensitive|prohibited.(?:content|due|use)|usage polic|safety"
-    r"|inappropriate|terms of service|(?:blocked|deny-?listed) (?:input|output|token)"
-)
-_OVERSIZED = (
-    r"^request too large|input or output tokens must be reduced|tokens allowed per request"
-    r"|long context requests|reduce the (?:length|size) of (?:the|your)"
-    r"|fewer max_tokens|can only afford|prompt tokens limit exceeded"
-)
+    r"|inappropriate|terms of service|(?:blocked|deny-?listed) (?:input|output|token)")
+_OVERSIZED = (r"^request too large|input or output tokens must be reduced"
+    r"|tokens allowed per request|long context requests|reduce the (?:length|size) of (?:the|your)"
+    r"|fewer max_tokens|can only afford|prompt tokens limit exceeded")
 _OVERFLOW = (
     r"context (?:length|size|window|limit)|context the overflows|maximum (?:prompt|input|model)"
     r" length|(?:prompt|input) (?:is )?too long|token limit|token count|range of input length"
-    r"|tokens \+ .{1,20} must be <="
-)
+    r"|tokens \+ .{1,20} must be <=")
 _OVERFLOW_CODES = "context_?(?:length|window)_?exceeded|exceed_context_size"
 # The first matching row applies. Columns: statuses, codes, words, category, status, reason.
-# fmt: off
 UPSTREAM_ERRORS = [
     # The request asks for more tokens than are left, or than are allowed at once.
     ErrorRule((402, 403, 429), "", _OVERSIZED, Category.REFUSED),
@@ -4726,42 +4704,61 @@ def error_from_body(
     headers: Optional[Dict[str, str]] = None,
     models: Iterable[str] = (),
 ) -> APIError:
-    """Translate an upstream's error response, by UPSTREAM_ERRORS; see ErrorReport.
+    """Translate an upstream's error response, by UPSTREAM_ERRORS.
 
-    Only errors that are not the client's own begin with the upstream's name.
+    ``status`` 200: it came in place of an answer. ``body`` is a JSON value, or bytes that are not
+    JSON. ``secrets`` are not shown. ``models`` are the names of the requested model.
     """
-    report = ErrorReport(status, body, secrets, models)
-    rule, category = report.rule, report.rule.category
-    wait = retry_after_seconds(
-        headers or {}, report.body, message=report.words, limit=category is Category.RATE_LIMIT
-    )
-    if category is Category.SERVER and wait:  # one that says when to retry is a limit
-        category = Category.RATE_LIMIT
-    if category is Category.AUTH:
-        # LiteLLM as a client retries any message with "429" in it, in vain if a quota is spent.
-        note = f" ({report.status})" if rule.reason != _QUOTA else ""
-        message = f"{upstream_name}: {rule.reason}{note}: {report.message}"
-        error = auth_error(message, report.status)
-    else:
-        is_clients = category in (Category.REQUEST, Category.REFUSED) and not report.is_page
-        names = report.names if is_clients else {}
-        error = APIError(
-            rule.status or report.status,
-            report.message if is_clients else f"{upstream_name}: {report.message}",
-            type=names.get("type"),
-            code=report.names.get("code") or DEFAULT_CODES.get(rule.category),
-            param="model" if category is Category.MODEL else names.get("param"),
-            category=category,
-            retry=False if category is Category.REFUSED else None,
-            retry_after=wait if category is Category.RATE_LIMIT else None,
-        )
-    if category is Category.REQUEST:
-        error.overflow = find_overflow(report.codes, report.text.lower())
+    body = page_or_text(body) if isinstance(body, bytes) else body
+    fields = error_fields(body)
+    words, codes = error_words(fields), error_codes(fields)
+    actual = error_status(status, fields, words)
+    given = to_json(body).decode()[:300] if body else ""
+    text = inner_message(words) or given or f"It answered with status {actual}."
+    unquoted = _without_quotes(text, models)
+    rule = next(rule for rule in UPSTREAM_ERRORS if rule.matches(actual, codes, unquoted))
+    is_limit = rule.category is Category.RATE_LIMIT
+    wait = retry_after_seconds(headers or {}, body, message=words, limit=is_limit)
+    if rule.category is Category.SERVER and wait:  # one that says when to retry is a limit
+        rule, is_limit = rule._replace(category=Category.RATE_LIMIT), True
+    names = {  # the upstream's own; LiteLLM repeats the status as the code
+        name: redact(fields[name][:1000], secrets)[:200]
+        for name in ("type", "code", "param")
+        if isinstance(fields.get(name), str) and not re.fullmatch("[0-9]{3}", fields[name])
+    }
+    error = _shown_error(upstream_name, rule, actual, redact(text[:4000], secrets)[:1000], names)
+    if rule.category is Category.REQUEST:
+        error.overflow = find_overflow(codes, text.lower())
     if error.overflow:
         error.code = "context_length_exceeded"
-    error.upstream_status = report.status if status == 200 else status
-    error.cooldown_scope = report.cooldown_scope(category)
+    error.retry_after = wait if is_limit else None
+    error.upstream_status = actual if status == 200 else status
+    if _is_of_model(is_limit, words, body, models):
+        error.cooldown_scope = "model"
     return error
+
+
+def _shown_error(
+    upstream_name: str, rule: ErrorRule, status: int, message: str, names: Dict[str, str]
+) -> APIError:
+    """Only errors that are not the client's own begin with the upstream's name."""
+    category, is_page = rule.category, names.get("type") == "web_page"
+    if category is Category.AUTH:
+        # LiteLLM as a client retries any message with "429" in it, in vain if a quota is spent.
+        note = f" ({status})" if rule.reason != _QUOTA else ""
+        return auth_error(f"{upstream_name}: {rule.reason}{note}: {message}", status)
+    code = names.get("code") or DEFAULT_CODES.get(category)
+    if category not in (Category.REQUEST, Category.REFUSED) or is_page:
+        message, names = f"{upstream_name}: {message}", {}
+    return APIError(
+        rule.status or status,
+        message,
+        type=names.get("type"),
+        code="upstream_blocked" if is_page and category is Category.REFUSED else code,
+        param="model" if category is Category.MODEL else names.get("param"),
+        category=category,
+        retry=False if category is Category.REFUSED else None,
+    )
 
 
 def auth_error(message: str, status: int) -> APIError:
@@ -4779,57 +4776,23 @@ def auth_error(message: str, status: int) -> APIError:
     )
 
 
-class ErrorReport:
-    """An upstream's error in any form, and the row of UPSTREAM_ERRORS that applies.
-
-    ``status`` 200: it came in place of an answer. ``body`` is a JSON value, or bytes that are not
-    JSON. ``secrets`` are removed from ``message`` and ``names``, the parts that are shown.
-    ``models`` are the names of the requested model.
-    """
-
-    def __init__(
-        self, status: int, body: Any, secrets: Iterable[str], models: Iterable[str]
-    ) -> None:
-        self.models = models
-        self.body = body = page_or_text(body) if isinstance(body, bytes) else body
-        fields = error_fields(body)
-        self.words = words = error_words(fields)
-        self.status = error_status(status, fields, words)
-        given = to_json(body).decode()[:300] if body else ""
-        self.text = inner_message(words) or given or f"It answered with status {self.status}."
-        self.message = redact(self.text[:4000], secrets)[:1000]
-        self.codes, unquoted = error_codes(fields), _without_quotes(self.text, models)
-        self.rule = next(
-            rule for rule in UPSTREAM_ERRORS if rule.matches(self.status, self.codes, unquoted)
-        )
-        self.names = {  # the upstream's own; LiteLLM repeats the status as the code
-            name: redact(fields[name][:1000], secrets)[:200]
-            for name in ("type", "code", "param")
-            if isinstance(fields.get(name), str) and not re.fullmatch("[0-9]{3}", fields[name])
-        }
-        self.is_page = self.names.get("type") == "web_page"
-        if self.is_page and self.rule.category is Category.REFUSED:
-            self.names["code"] = "upstream_blocked"
-
-    def cooldown_scope(self, category: Category) -> str:
-        """The part of the controller that cools down: itself, or only the requested model."""
-        if category is not Category.RATE_LIMIT:
-            # LiteLLM's own authentication errors: its key for this model is invalid, not ours.
-            return "model" if "litellm.Auth" in self.words else "controller"
-        text = f"{self.words[:2000]} {_encode(self.body)[:8000]}".lower()
-        is_named = re.search(_MODEL_LIMIT, text) or any(
-            re.search(rf"(?<!\w){re.escape(name.lower()[:MAX_NAME])}(?!\w)", text)
-            for name in self.models
-            if len(name) > 2
-        )
-        return "model" if is_named else "controller"
-
-
 _MODEL_LIMIT = (
     r"\bmodel ?[:=`'\"\\]|this model|(?:per|by)model"
     r"|rate limit reached for (?!org|team|user|proj|key|api|your|acc|def|req|tok|[rt]p[mdh]\b"
     r"|in |on )\w"
 )
+
+
+def _is_of_model(is_limit: bool, words: str, body: Any, models: Iterable[str]) -> bool:
+    """Whether only the requested model is to cool down, not the controller."""
+    if not is_limit:  # LiteLLM's own authentication errors: its key for this model is invalid
+        return "litellm.Auth" in words
+    text = f"{words[:2000]} {_encode(body)[:8000]}".lower()
+    return bool(re.search(_MODEL_LIMIT, text)) or any(
+        re.search(rf"(?<!\w){re.escape(name.lower()[:MAX_NAME])}(?!\w)", text)
+        for name in models
+        if len(name) > 2
+    )
 
 
 def page_or_text(data: bytes) -> Any:
@@ -4870,12 +4833,7 @@ def error_fields(body: Any, depth: int = 6) -> Dict[str, Any]:
     return fields
 
 
-# fmt: off
-_MESSAGE_FIELDS = (
-    "message", "msg", "detail", "error", "title", "error_msg", "errorMessage", "Message",
-    "status_msg",
-)
-# fmt: on
+_MESSAGE_FIELDS = "message msg detail error title error_msg errorMessage Message status_msg"
 
 
 def error_words(value: Any, depth: int = 4) -> str:
@@ -4886,7 +4844,7 @@ def error_words(value: Any, depth: int = 4) -> str:
         return "; ".join(filter(None, (error_words(item, depth - 1) for item in value[:8])))
     value = as_dict(value)
     location = ".".join(str(step) for step in as_list(value.get("loc"))[:8] if step != "body")
-    fields = (value[name] for name in _MESSAGE_FIELDS if value.get(name))
+    fields = (value[name] for name in _MESSAGE_FIELDS.split() if value.get(name))
     words = next(filter(None, (error_words(field, depth - 1) for field in fields)), "")
     raw = as_dict(value.get("metadata")).get("raw")  # OpenRouter: the provider's own error
     if isinstance(raw, str) and words == "Provider returned error":
@@ -5035,14 +4993,12 @@ def retry_after_seconds(
     With ``limit`` also by rate-limit headers, which some upstreams send with every response.
     None if no wait is given or it can't be parsed.
     """
-    named = (_delay_of(name, value, now) for name, value in headers.items())
-    delays = [
-        min((delay for delay in named if delay is not None), default=None),
-        _delay_from_headers(headers, now) if limit else None,
-        _delay_from_body(body, now),
-        _delay_from_message(message, now),
-    ]
-    seconds = next((delay for delay in delays if delay is not None), None)
+    stated = itertools.chain(
+        _stated_delays(headers, now, limit),
+        _stated_delays(body, now),
+        _delays_in_message(message[:4000], now),
+    )
+    seconds = next((delay for delay in stated if delay is not None), None)
     return None if seconds is None else min(max(1.0, seconds), MAX_RETRY_AFTER)
 
 
@@ -5050,19 +5006,15 @@ def seconds_from_now(
     value: Any, now: Callable[[], float] = time.time, unit: float = 1.0
 ) -> Optional[float]:
     """Seconds until a number, a duration ("1m30.5s"), a Unix time (s or ms) or a date."""
-    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
-        return None
     text = str(value).strip()
-    if len(text) > 100:
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool) or len(text) > 100:
         return None
     for part in (text, text.partition(",")[0].strip()):  # "30, 30": equal headers joined
-        if re.fullmatch(r"[0-9]{1,14}(?:\.[0-9]{1,20})?", part):
-            seconds = float(part) * unit
-            seconds = seconds / 1000 if seconds > 1e11 else seconds  # Unix time in ms
-            return seconds - now() if seconds > 1e9 else seconds
         # Only the last number may lack a unit, or the pattern could split digits in 2^n ways.
         if re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]{1,20})?(?:ms|[smhd]|\Z))+", part):
-            return total_seconds(part)
+            seconds = total_seconds(part) * unit
+            seconds = seconds / 1000 if seconds > 1e11 else seconds  # Unix time in ms
+            return seconds - now() if seconds > 1e9 else seconds
         moment = _timestamp(part)
         if moment is not None:
             return moment - now()
@@ -5082,41 +5034,6 @@ def _timestamp(text: str) -> Optional[float]:
     return None
 
 
-def _delay_from_headers(headers: Dict[str, str], now: Callable[[], float]) -> Optional[float]:
-    """Longest time until a used-up limit resets, by the rate-limit headers in use."""
-    delays: List[Optional[float]] = []
-    for name, value in headers.items():
-        if name in ("ratelimit", "x-ratelimit"):  # "default";r=0;t=60, or remaining=0, reset=60
-            for item in re.split(r', *(?=")', value[:1000]):
-                remaining = re.search(r"\b(?:r|remaining)=([0-9]{1,9})\b", item)
-                reset = re.search(r"\b(?:t|reset)=([0-9]{1,9})\b", item)
-                if reset and (not remaining or remaining[1] == "0"):
-                    delays.append(float(reset[1]))
-        elif "reset" in name.split("-") and re.search(r"rate-?limit|tokenlimit", name):
-            count = headers.get(name.replace("reset", "remaining"), "0").strip()
-            if re.fullmatch(r"0(?:\.0{1,9})?|", count):
-                delays.append(seconds_from_now(value, now))
-    return max((seconds for seconds in delays if seconds is not None), default=None)
-
-
-def _delay_from_body(value: Any, now: Callable[[], float], depth: int = 5) -> Optional[float]:
-    """Delay in a field of an error body, or in response headers that it quotes."""
-    if not depth or not isinstance(value, (dict, list)):
-        return None
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    for name, inner in itertools.islice(items, 64):
-        if name == "headers" and isinstance(inner, dict):
-            quoted = itertools.islice(inner.items(), 64)
-            seconds = retry_after_seconds({key.lower(): str(item) for key, item in quoted}, {}, now)
-        else:
-            seconds = _delay_of(str(name), inner, now)
-        if seconds is None:
-            seconds = _delay_from_body(inner, now, depth - 1)
-        if seconds is not None:
-            return seconds
-    return None
-
-
 # Headers and fields of error bodies, in lower case without "-" and "_".
 _DELAY_FIELD = re.compile(
     r"(?:\w{0,40}retry(?:after|delay|in)|(?:quota)?resets?(?:at|time(?:stamp)?|in|after|delay)"
@@ -5124,11 +5041,41 @@ _DELAY_FIELD = re.compile(
 )
 
 
-def _delay_of(name: str, value: Any, now: Callable[[], float]) -> Optional[float]:
-    """Seconds from now by a header or field, if its name stands for a delay."""
-    name = re.sub("[-_]", "", name[:80].lower())
-    is_delay = _DELAY_FIELD.fullmatch(name)
-    return seconds_from_now(value, now, 0.001 if name.endswith("ms") else 1) if is_delay else None
+def _stated_delays(
+    value: Any, now: Callable[[], float], limit: bool = True, depth: int = 5
+) -> Iterator[Optional[float]]:
+    """Delays in headers, or in an error body and the headers that it quotes; outer ones first."""
+    if not depth or not isinstance(value, (dict, list)):
+        return
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    fields = {str(name)[:80].lower(): inner for name, inner in itertools.islice(items, 100)}
+    names = ((name, re.sub("[-_]", "", name)) for name in fields)
+    delays = [
+        seconds_from_now(fields[name], now, 0.001 if plain.endswith("ms") else 1)
+        for name, plain in names
+        if _DELAY_FIELD.fullmatch(plain)
+    ]
+    yield min((delay for delay in delays if delay is not None), default=None)
+    yield _reset_delay(fields, now) if limit else None
+    for inner in fields.values():
+        yield from _stated_delays(inner, now, limit, depth - 1)
+
+
+def _reset_delay(headers: Dict[str, Any], now: Callable[[], float]) -> Optional[float]:
+    """Longest time until a used-up limit resets, by the rate-limit headers in use."""
+    delays: List[Optional[float]] = []
+    for name, value in headers.items():
+        if name in ("ratelimit", "x-ratelimit"):  # "default";r=0;t=60, or remaining=0, reset=60
+            for item in re.split(r', *(?=")', str(value)[:1000]):
+                remaining = re.search(r"\b(?:r|remaining)=([0-9]{1,9})\b", item)
+                reset = re.search(r"\b(?:t|reset)=([0-9]{1,9})\b", item)
+                if reset and (not remaining or remaining[1] == "0"):
+                    delays.append(float(reset[1]))
+        elif "reset" in name.split("-") and re.search(r"rate-?limit|tokenlimit", name):
+            count = str(headers.get(name.replace("reset", "remaining"), "0")).strip()
+            if re.fullmatch(r"0(?:\.0{1,9})?|", count):
+                delays.append(seconds_from_now(value, now))
+    return max((delay for delay in delays if delay is not None), default=None)
 
 
 _DELAY_IN_MESSAGE = re.compile(
@@ -5137,8 +5084,6 @@ _DELAY_IN_MESSAGE = re.compile(
     r"((?:[0-9]{1,9}(?:\.[0-9]{1,20})? ?(?:[a-z]{1,12})?(?:,? and |, | )?){1,4})",
     re.I,
 )
-
-
 # With its zone, or it could be hours off.
 _DATE_IN_MESSAGE = re.compile(
     r"(?:resets?|until|after|again)(?: at| on)? (20[0-9]{2}-[0-9]{2}-[0-9]{2}[T ][0-9:.]{5,18})"
@@ -5147,13 +5092,13 @@ _DATE_IN_MESSAGE = re.compile(
 )
 
 
-def _delay_from_message(message: str, now: Callable[[], float]) -> Optional[float]:
-    """Seconds in "try again in 7m30s", or until "resets at 2026-01-02 03:04Z"."""
-    date = _DATE_IN_MESSAGE.search(message[:4000])
+def _delays_in_message(text: str, now: Callable[[], float]) -> Iterator[Optional[float]]:
+    """Seconds until "resets at 2026-01-02 03:04Z", or in "try again in 7m30s"."""
+    date, delay = _DATE_IN_MESSAGE.search(text), _DELAY_IN_MESSAGE.search(text)
     if date:
-        return seconds_from_now(date[1] + date[2].upper().replace("UTC", "Z"), now)
-    match = _DELAY_IN_MESSAGE.search(message[:4000])
-    return total_seconds(match[1].lower()) or None if match else None
+        yield seconds_from_now(date[1] + date[2].upper().replace("UTC", "Z"), now)
+    if delay:
+        yield total_seconds(delay[1].lower()) or None
 
 
 def total_seconds(text: str) -> float:
@@ -5179,12 +5124,10 @@ SECONDS_PER_UNIT = {
 # -- secrets
 
 # Headers of a controller whose values are not secret.
-# fmt: off
-PUBLIC_HEADERS = frozenset((
-    "accept", "accept-language", "anthropic-beta", "anthropic-version", "content-type",
-    "http-referer", "openai-beta", "origin", "referer", "user-agent", "x-title",
-))
-# fmt: on
+PUBLIC_HEADERS = (
+    "accept accept-language anthropic-beta anthropic-version content-type http-referer"
+    " openai-beta origin referer user-agent x-title"
+)
 
 
 def option_secrets(options: ControllerSettings) -> List[str]:
@@ -5193,7 +5136,7 @@ def option_secrets(options: ControllerSettings) -> List[str]:
     for name, value in options.headers.items():
         if name.lower() == "cookie":
             secrets += cookie_values(value)
-        elif name.lower() not in PUBLIC_HEADERS:
+        elif name.lower() not in PUBLIC_HEADERS.split():
             secrets.append(re.sub(r"^(?:(?:bearer|basic|token) |https?://)", "", value, flags=re.I))
     password = urllib.parse.urlsplit(options.proxy).password or ""
     return [*secrets, *filter(None, (password, urllib.parse.unquote(password)))]
@@ -5297,17 +5240,11 @@ def _find_parts(text: str, form: str) -> Iterator[Tuple[int, int]]:
         while at >= 0:
             before = text[max(0, at - offset) : at][::-1], form[:offset][::-1]
             after = text[at : at + len(form)], form[offset:]
-            start = at - common_length(*before)
-            end = at + common_length(*after)
+            start = at - len(os.path.commonprefix(before))
+            end = at + len(os.path.commonprefix(after))
             if start == at - offset or end - start >= 12:
                 yield start, end
             at = text.find(block, end)
-
-
-def common_length(first: str, second: str) -> int:
-    """Length of the longest common prefix of two strings."""
-    differing = (at for at, (one, other) in enumerate(zip(first, second)) if one != other)
-    return next(differing, min(len(first), len(second)))
 
 
 # == 12. akash ================================================================================
@@ -7485,6 +7422,10 @@ class CoolDown:
             self.recheck_at = now + RECHECK
 
 
+# Models to offer, all names in a list (those known before if reading failed), and the error.
+ModelList = Tuple[List[Dict[str, Any]], Optional[frozenset[str]], Optional[APIError]]
+
+
 class Upstream:
     """A controller in the pool, its counters and cool-downs. Under the pool's lock.
 
@@ -7506,6 +7447,11 @@ class Upstream:
       OF_ONE_REQUEST.
     """
 
+    # fmt: off
+    INHERITED = ("served", "failed", "outcomes", "cooldown_count", "known_models", "cooldowns",
+                 "served_at", "last_error", "last_error_at")
+    # fmt: on
+
     def __init__(self, controller: Controller, previous: Optional["Upstream"] = None) -> None:
         self.controller, self.options, self.name = controller, controller.options, controller.name
         adapts = self.options.tools in ("prompt", "refuse")
@@ -7518,26 +7464,16 @@ class Upstream:
         self.last_error, self.last_error_at = "", 0.0  # the latter by time.time()
         self.logged_exceptions: Set[Tuple[Any, ...]] = set()  # (type, file, line) with a traceback
         self.known_models: Optional[frozenset[str]] = None  # its model list; None: not read yet
-        self.identity = self._identity()
-        if previous and previous.identity[:3] == self.identity[:3]:  # type, address and key
-            self._inherit(
-                previous, "served", "failed", "outcomes", "cooldown_count", "known_models"
-            )
-        if previous and previous.identity == self.identity:
-            self._inherit(previous, "cooldowns", "served_at", "last_error", "last_error_at")
+        if previous and previous.account() == self.account():
+            for name in self.INHERITED:
+                setattr(self, name, getattr(previous, name))
             controller.take_over(previous.controller)
 
-    def _inherit(self, previous: "Upstream", *names: str) -> None:
-        for name in names:
-            setattr(self, name, getattr(previous, name))
-
-    def _identity(self) -> Tuple[Any, ...]:
-        """Settings of its address and account; a change of one voids the cool-downs."""
+    def account(self) -> Tuple[Any, ...]:
+        """Settings of its address and account; a change of one voids state and cool-downs."""
         options, settings = self.options, self.controller.settings
-        headers = tuple(sorted(options.headers.items()))
-        upstream = options.type, options.base_url, options.api_key  # in this order, see __init__
-        account = options.proxy, headers, options.cookie, settings.user_agent, settings.ca_file
-        return (*upstream, *account)
+        upstream = options.type, options.base_url, options.api_key, options.cookie, options.headers
+        return (*upstream, options.proxy, settings.user_agent, settings.ca_file)
 
     def serves(self, model: str) -> Optional[bool]:
         """Whether it offers the model: True, False, or None if unknown (worth a try)."""
@@ -7558,22 +7494,18 @@ class Upstream:
         if error is None:
             self.served += 1
             self.served_at = now
-            for key, cooldown in list(self.cooldowns.items()):  # those that the success disproves
-                if (
-                    key[1] in ("", self.controller.upstream_model(model))
-                    and cooldown.failed_at <= started
-                ):
+            for key, cooldown in self._applicable(model).items():
+                if cooldown.failed_at <= started:  # the success disproves it
                     del self.cooldowns[key]
             return
         category = error.category
         if category is Category.SERVER and error.retry_after:
             category = Category.RATE_LIMIT
-        policy = FAILURE_POLICY[category]
-        after = policy.cool_down_after
+        _, after, summary = FAILURE_POLICY[category]
         if after is None:
             return
         self.failed += 1
-        summary = error.reason or SUMMARY_BY_CODE.get(error.code or "", policy.summary)
+        summary = error.reason or SUMMARY_BY_CODE.get(error.code or "", summary)
         self.last_error, self.last_error_at = f"{error.status} {summary}", time.time()
         if category is Category.AUTH and now - self.served_at < KEY_TRUST:
             after = 2
@@ -7594,22 +7526,23 @@ class Upstream:
             self.cooldowns[key] = CoolDown()
         return self.cooldowns[key]
 
-    def _applicable(self, model: str, ignored: Tuple[Category, ...]) -> List[CoolDown]:
+    def _applicable(
+        self, model: str, ignored: Tuple[Category, ...] = ()
+    ) -> Dict[Tuple[Category, str], CoolDown]:
         """The cool-downs that apply to a model, except for the ignored categories."""
         scopes = ("", self.controller.upstream_model(model))
-        return [
-            cooldown
-            for (category, scope), cooldown in self.cooldowns.items()
-            if scope in scopes and category not in ignored
-        ]
+        items = self.cooldowns.items()
+        return {key: each for key, each in items if key[1] in scopes and key[0] not in ignored}
 
     def available_at(self, model: str = "", ignored: Tuple[Category, ...] = ()) -> float:
         """End of the cool-downs for a model ("": for all), by the pool's clock; 0 if none."""
-        return max((cooldown.until for cooldown in self._applicable(model, ignored)), default=0.0)
+        applicable = self._applicable(model, ignored).values()
+        return max((cooldown.until for cooldown in applicable), default=0.0)
 
     def recheck(self, model: str, ignored: Tuple[Category, ...], now: float) -> bool:
         """Whether to probe it despite a cool-down; True at most once in RECHECK seconds."""
-        pending = [each for each in self._applicable(model, ignored) if each.until > now]
+        applicable = self._applicable(model, ignored).values()
+        pending = [cooldown for cooldown in applicable if cooldown.until > now]
         if not pending or any(cooldown.recheck_at > now for cooldown in pending):
             return False
         for cooldown in pending:
@@ -7627,13 +7560,13 @@ class Upstream:
     def metrics(self, now: float) -> Dict[Tuple[str, ...], float]:
         """Return its metrics, {(name, label, ...): number} without its own label."""
         rest = self.available_at() - now
-        outcomes, own = self.outcomes.copy(), self.controller.metrics()
+        outcomes = self.outcomes.copy()
         return {
             ("akashproxy_controller_rests_total",): self.cooldown_count,
             ("akashproxy_controller_resting",): int(rest > 0),
             ("akashproxy_controller_rest_seconds",): max(0.0, round(rest, 3)),
             **{("akashproxy_upstream_requests_total", name): outcomes[name] for name in outcomes},
-            **{(name,): value for name, value in own.items()},
+            **{(name,): value for name, value in self.controller.metrics().items()},
         }
 
     def log_exception(self, error: APIError) -> None:
@@ -7651,14 +7584,8 @@ class Upstream:
         )
         self.logged_exceptions.add(location)
 
-    def list_models(
-        self,
-    ) -> Tuple[List[Dict[str, Any]], Optional[frozenset[str]], Optional[APIError]]:
-        """Read its model list.
-
-        Returns the models to offer, all names in the list (the known ones if reading failed), and
-        the error. Models that the configuration names are always included.
-        """
+    def list_models(self) -> ModelList:
+        """Read its model list. Models that the configuration names are always included."""
         by_name: Dict[str, Dict[str, Any]] = {}
         names, error = self.known_models, None
         try:
@@ -7699,16 +7626,13 @@ class Waiter:
     is counted as in flight.
     """
 
-    def __init__(
-        self, queue: "CallQueue", exchange: "Exchange", upstreams: List[Upstream], deadline: float
-    ) -> None:
-        self.queue, self.exchange, self.deadline = queue, exchange, deadline
+    def __init__(self, exchange: "Exchange", upstreams: List[Upstream], deadline: float) -> None:
+        self.exchange, self.deadline = exchange, deadline
         self.known = [up for up in upstreams if up not in exchange.unsupported]
         self.candidates = [up for up in self.known if up not in exchange.tried]
         is_only = len(self.known) == 1 and not exchange.other_models
         self.ignored = BACKOFF_CATEGORIES if is_only else ()
         self.upstream: Optional[Upstream] = None
-        self.number = 0  # in the queue
         self.key: Tuple[Any, ...] = ()  # calls with the same key become ready at the same time
 
     def available_at(self, upstreams: List[Upstream], now: float) -> float:
@@ -7716,6 +7640,10 @@ class Waiter:
         model = self.exchange.call.model
         ends = (upstream.available_at(model, self.ignored) for upstream in upstreams)
         return max(min(ends, default=now), now)
+
+    def may_wait(self, now: float) -> bool:
+        """Whether a cool-down ends by the deadline."""
+        return now < self.deadline >= self.available_at(self.candidates, now)
 
     def error(self, now: float) -> APIError:
         """The error of the call if no upstream can serve it now.
@@ -7745,8 +7673,8 @@ class Waiter:
 
     def set(self) -> None:
         """Resume a cancelled call; the method of threading.Event that cancel() uses."""
-        with self.queue.lock:
-            self.queue.resume(self)
+        with self.exchange.pool.lock:
+            self.exchange.pool.queue.resume(self)
 
 
 def most_informative(errors: List[APIError]) -> APIError:
@@ -7761,16 +7689,13 @@ class CallQueue:
     each line is examined: to examine every call at each release would take quadratic time.
     """
 
-    def __init__(self, lock: threading.Lock) -> None:
-        self.lock = lock
-        self.numbers = itertools.count()
+    def __init__(self) -> None:
         self.lines: Dict[Tuple[Any, ...], OrderedDict[Waiter, None]] = {}
 
     def add(self, waiter: Waiter) -> None:
         of_models = any(model for up in waiter.candidates for _, model in up.cooldowns)
         model = waiter.exchange.call.model if of_models else ""
         waiter.key = (model, waiter.ignored, *map(id, waiter.candidates))
-        waiter.number = next(self.numbers)
         self.lines.setdefault(waiter.key, OrderedDict())[waiter] = None
 
     def remove(self, waiter: Waiter) -> bool:
@@ -7844,25 +7769,23 @@ def without_name(message: str, name: str) -> str:
     return message.removeprefix(f"{name}: ").removeprefix(f"{name} ")
 
 
-def read_model_lists(upstreams: List[Upstream]) -> Dict[Upstream, Tuple[Any, Any, Any]]:
+def read_model_lists(upstreams: List[Upstream]) -> Dict[Upstream, ModelList]:
     """Results of the upstreams' list_models(), called concurrently."""
-    lists: Dict[Upstream, Tuple[Any, Any, Any]] = {}
+    lists: Dict[Upstream, ModelList] = {}
 
     def read(upstream: Upstream) -> None:
-        lists[upstream] = [], upstream.known_models, None  # remains if list_models() raises
         lists[upstream] = upstream.list_models()
 
-    threads = [
-        threading.Thread(target=read, args=(upstream,), daemon=True) for upstream in upstreams
-    ]
-    for thread in threads:
+    threads = []
+    for upstream in upstreams:
+        thread = threading.Thread(target=read, args=(upstream,), daemon=True)
         try:
             thread.start()
+            threads.append(thread)
         except RuntimeError:  # the system's limit of threads
-            thread.run()
+            read(upstream)
     for thread in threads:
-        if thread.ident:
-            thread.join()
+        thread.join()
     return lists
 
 
@@ -7877,12 +7800,12 @@ class Pool:
     ) -> None:
         self.settings, self.clock = settings, clock
         self.lock: threading.Lock = previous.lock if previous else threading.Lock()
-        self.queue: CallQueue = previous.queue if previous else CallQueue(self.lock)
+        self.queue: CallQueue = previous.queue if previous else CallQueue()
         self.upstreams: List[Upstream] = make_upstreams(settings, previous)
         self.enabled = [upstream for upstream in self.upstreams if upstream.options.weight > 0]
         choices = {"random": weighted_random, "least_busy": least_connections}
         self.choose = choices.get(settings.pool_type, weighted_round_robin)
-        self.refresh_at = self.model_names_refresh_at = -math.inf
+        self.refresh_at = self.names_read_at = -math.inf
         self.model_names: frozenset[str] = frozenset()  # of all lists
         # It is always old: only concurrent callers share one.
         self.model_lists = Cache("model lists", self._read_models, clock, retry=0)
@@ -7906,7 +7829,7 @@ class Pool:
 
     def read_names(self) -> frozenset[str]:
         """Names of all lists, which are read if they are not recent. Worker thread."""
-        if self.clock() >= self.model_names_refresh_at:
+        if self.clock() >= self.names_read_at + min(Cache.RETRY, self.settings.models_ttl):
             with contextlib.suppress(APIError):  # the last known ones are better than none
                 self.models()
         return self.model_names
@@ -7948,7 +7871,7 @@ class Pool:
             now, waiter = self.clock(), exchange.waiter
             if waiter is None:
                 upstreams = self.candidates(exchange.call.model)
-                waiter = Waiter(self.queue, exchange, upstreams, now + self.settings.max_wait)
+                waiter = Waiter(exchange, upstreams, now + self.settings.max_wait)
             elif exchange.cancellation.reason:
                 raise exchange.cancellation.reason  # close() releases the assigned upstream
             exchange.set_waiter(None)
@@ -7961,18 +7884,11 @@ class Pool:
             return upstream
 
     def _pick(
-        self,
-        waiter: Waiter,
-        now: float,
-        freed: Optional[Upstream] = None,
-        also_ignored: Tuple[Category, ...] = (),
+        self, waiter: Waiter, now: float, also_ignored: Tuple[Category, ...] = ()
     ) -> Optional[Upstream]:
-        """The upstream to use now: an available one, else one that is due for a recheck.
-
-        Only ``freed`` is considered if given.
-        """
+        """The upstream to use now: an available one, else one that is due for a recheck."""
         call, ignored = waiter.exchange.call, waiter.ignored + also_ignored
-        free = [up for up in waiter.candidates if up.has_capacity() and freed in (None, up)]
+        free = [up for up in waiter.candidates if up.has_capacity()]
         ready = [
             up for up in free if not up.cooldowns or up.available_at(call.model, ignored) <= now
         ]
@@ -7991,42 +7907,37 @@ class Pool:
     def _enqueue(self, waiter: Waiter, now: float) -> Upstream:
         """Queue a call: raises Queued, or an error if waiting is useless.
 
-        Waiting is useless if no upstream will be available by the deadline. In that case one with
-        a cool-down OF_ONE_REQUEST is returned, if there is any: either it serves the call, so that
-        one client's request can't block the others, or the client gets the error that names the
-        cause.
+        Waiting is useless if no upstream will be available by the deadline. Then one with a
+        cool-down OF_ONE_REQUEST is returned, if there is any: either it serves the call, so that
+        one client's request can't block the others, or its error names the cause.
         """
         exchange = waiter.exchange
         if not waiter.candidates or exchange.other_models:
             raise waiter.error(now)
-        if now >= waiter.deadline or waiter.available_at(waiter.candidates, now) > waiter.deadline:
+        if not waiter.may_wait(now):
             upstream = self._pick(waiter, now, also_ignored=OF_ONE_REQUEST)
             if upstream is None:
                 raise waiter.error(now)
             return upstream
         exchange.set_waiter(waiter)
-        self.queue.add(waiter)
         # Race: another thread cancels and finds no wakeup to set, then we store wakeup. Without a
         # second look the call would never be resumed.
-        if exchange.cancellation.reason and self.queue.remove(waiter):
+        if exchange.cancellation.reason:
             raise exchange.cancellation.reason
+        self.queue.add(waiter)
         raise Queued
 
-    def _resume_ready(
-        self, now: float, limit: float = math.inf, freed: Optional[Upstream] = None
-    ) -> int:
+    def _resume_ready(self, now: float, limit: float = math.inf) -> int:
         """Resume up to ``limit`` ready calls, oldest first; returns their number.
 
         A call is ready if there is an upstream for it, or none will be available by its deadline.
-        Only ``freed`` is considered if given: the one that has ended an attempt.
         """
         resumed = 0
-        for line in sorted(self.queue.lines.values(), key=lambda line: next(iter(line)).number):
-            while line and resumed < limit and (freed is None or freed.has_capacity()):
+        for line in sorted(self.queue.lines.values(), key=lambda line: next(iter(line)).deadline):
+            while line and resumed < limit:
                 waiter = next(iter(line))
-                upstream = self._pick(waiter, now, freed)
-                available_at = waiter.available_at(waiter.candidates, now)
-                if upstream is None and now < waiter.deadline >= available_at:
+                upstream = self._pick(waiter, now)
+                if upstream is None and waiter.may_wait(now):
                     break
                 self.queue.resume(waiter, upstream)
                 resumed += 1
@@ -8037,14 +7948,12 @@ class Pool:
         with self.lock:
             return self._resume_ready(self.clock(), limit) == limit
 
-    def leave_queue(self, exchange: "Exchange") -> None:
+    def leave_queue(self, waiter: Waiter) -> None:
         """Remove a call that has ended, and release an upstream assigned to it."""
         with self.lock:
-            waiter = exchange.waiter
-            exchange.set_waiter(None)
-            if waiter is not None and not self.queue.remove(waiter) and waiter.upstream is not None:
-                waiter.upstream.in_flight -= 1
-                self._resume_ready(self.clock(), freed=waiter.upstream)
+            self.queue.remove(waiter)
+        if waiter.upstream is not None:
+            self.release(waiter.upstream, None, False, 0.0)
 
     def release(
         self,
@@ -8061,7 +7970,7 @@ class Pool:
             if error is not None or committed:
                 upstream.record_result(error, now, started, model)
             if self.queue.lines:
-                self._resume_ready(now, freed=upstream)
+                self._resume_ready(now)
 
     def _candidates(self, model: str) -> List[Upstream]:
         """Upstreams that are known to offer a model, else those that may."""
@@ -8086,20 +7995,10 @@ class Pool:
 
     def refresh_models_async(self) -> None:
         """Refresh the model lists in a thread if they are due."""
-        if self.clock() >= self.refresh_at:
-            self.refresh_at = math.inf
-            if not start_thread(self._refresh_models, "akashproxy models"):
-                self.refresh_at = self.clock() + Cache.RETRY
-
-    def _refresh_models(self) -> None:
-        try:
-            self.models()
-        except APIError as error:
-            log.info("model lists: %s", error.message)
-        finally:
-            incomplete = any(upstream.known_models is None for upstream in self.upstreams)
-            seconds = Cache.RETRY if incomplete else self.settings.models_ttl
-            self.refresh_at = self.clock() + seconds
+        now = self.clock()
+        if now >= self.refresh_at:
+            self.refresh_at = now + Cache.RETRY  # in case that it fails
+            start_thread(self.read_names, "akashproxy models")
 
     def models(self) -> List[Dict[str, Any]]:
         """The union of all model lists, each model once. Raises APIError if it is empty.
@@ -8113,14 +8012,16 @@ class Pool:
         union: Dict[str, Dict[str, Any]] = {}
         with self.lock:  # all at once, or the first list would attract all requests meanwhile
             for upstream in self.enabled:
-                models, upstream.known_models, _ = lists[upstream]
+                models, upstream.known_models, _ = lists.get(upstream, ([], None, None))
                 for model in models:
                     first = union.setdefault(model["id"], model)
                     if CONTEXT_FIELDS[0] not in first:
                         union[model["id"]] = with_context_length(first, model)
             self.candidates.cache_clear()
-        self.model_names = frozenset(union)
-        self.model_names_refresh_at = self.clock() + min(Cache.RETRY, self.settings.models_ttl)
+        self.model_names, self.names_read_at = frozenset(union), self.clock()
+        incomplete = any(upstream.known_models is None for upstream in self.upstreams)
+        seconds = Cache.RETRY if incomplete else self.settings.models_ttl
+        self.refresh_at = self.names_read_at + seconds
         if union:
             return list(union.values()), 0
         errors = [error for _, _, error in lists.values() if error]
@@ -8298,7 +8199,7 @@ class Exchange:
         self.route: List[str] = []  # the attempts, such as "akash=429"
 
     def set_waiter(self, waiter: Optional[Waiter]) -> None:
-        """Set the entry in the queue; cancelling resumes it. Under the pool's lock."""
+        """Set the entry in the queue; cancelling resumes it."""
         self.waiter = self.cancellation.wakeup = waiter
 
     def attempt(self) -> bool:
@@ -8328,9 +8229,7 @@ class Exchange:
         if self.pool.settings.pool_type == "affinity":
             self.conversation = conversation_of(call)
         targets = self.pool.resolve_alias(call.model)
-        if call.allowed_models:
-            targets = [name for name in targets if model_allowed(call.allowed_models, name)]
-        self.other_models = targets
+        self.other_models = [name for name in targets if model_allowed(call.allowed_models, name)]
         self.show_models = len(self.other_models) > 1
         if not self.other_models:
             raise self.pool.unknown_model(call)
@@ -8432,7 +8331,8 @@ class Exchange:
         """End the call, with the error that ended its last attempt, if any. Idempotent."""
         self._end_attempt(error)
         if self.waiter is not None:
-            self.pool.leave_queue(self)
+            self.pool.leave_queue(self.waiter)
+            self.set_waiter(None)
         self.resume = bool  # breaks a reference cycle
 
 
