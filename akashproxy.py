@@ -3582,6 +3582,7 @@ class TextFilter(Filter):
     """
 
     pending = ""  # text held back
+    read: Callable[[Text], None]
 
     def feed(self, events: List[Event]) -> List[Event]:
         self.out: List[Event] = []
@@ -3602,9 +3603,6 @@ class TextFilter(Filter):
         self.out = []
         self.release()
         return self.out
-
-    def read(self, event: Text) -> None:
-        raise NotImplementedError
 
     def release(self) -> None:
         text, self.pending = self.pending, ""
@@ -8584,6 +8582,10 @@ class Dialect:
     client knows it.
     """
 
+    # Methods of the subclasses
+    parse: Callable[[Dict[str, Any]], Call]  # a request's body; raises APIError 400
+    response_body: Callable[[Answer], Dict[str, Any]]  # whose events have been counted
+
     PREFIX = "chatcmpl-"
     LARGE_BODY = 64 << 10  # bytes
     # Fields of all dialects that become a part of the prompt.
@@ -8604,10 +8606,6 @@ class Dialect:
         self.call = self.parse(body)
         self.call.original.body = body
         self.model = self.call.model  # before aliases are resolved
-
-    def parse(self, body: Dict[str, Any]) -> Call:
-        """Parse a request body. Raises APIError 400."""
-        raise NotImplementedError
 
     def prepare(self) -> None:
         """Compute what would block the loop later, for a large body. Worker thread."""
@@ -8682,10 +8680,6 @@ class Dialect:
     def ping_frame(self, style: str) -> bytes:
         """A keep-alive frame: a comment, or an event for clients that reject comments."""
         return b": ping\n\n" if style == "comment" else b""
-
-    def response_body(self, answer: Answer) -> Dict[str, Any]:
-        """The body of a response that is not streamed; its events have been counted."""
-        raise NotImplementedError
 
     def local_response(self) -> Optional[Dict[str, Any]]:
         """The body of a response that needs no controller; None if it needs one."""
@@ -8940,6 +8934,7 @@ class BlockRequest(Dialect):
     KNOWN_PARAMS: Tuple[str, ...] = ()  # fields that to_chat() handles; others are ignored
     FUNCTION_TYPES: Tuple[Any, ...] = ()  # types of tools that are functions
     SCHEMA_KEY = ""  # their field with the JSON schema of the parameters
+    to_chat: Callable[[Dict[str, Any]], Dict[str, Any]]  # converts all but RENAMED_PARAMS
 
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         self.untranslated: List[str] = []  # names of ignored fields, for a response header
@@ -8947,10 +8942,6 @@ class BlockRequest(Dialect):
         self.messages: List[Dict[str, Any]] = []  # for finish_messages()
         self.has_begun = False  # there are further messages of the user or the assistant
         super().__init__(body, base_url)
-
-    def to_chat(self, body: Dict[str, Any]) -> Dict[str, Any]:
-        """Convert the request, except for RENAMED_PARAMS. Raises APIError 400."""
-        raise NotImplementedError
 
     def parse(self, body: Dict[str, Any]) -> Call:
         model = required_field(body, "model", str, "the name of a model")
@@ -9178,25 +9169,11 @@ class BlockDialect(BlockRequest):
         self.deferred: List[BlockEvent] = []
         super().__init__(body, base_url)
 
-    # -- for subclasses to implement
-
-    def start_block(self, event: BlockEvent) -> bytes:
-        """Frames that open a block; the event has no text yet."""
-        raise NotImplementedError
-
-    def delta(self, text: str) -> bytes:
-        """The frame of a piece of the open block's text."""
-        raise NotImplementedError
-
-    def stop_block(self, text: str) -> bytes:
-        """Frames that close the open block, whose text is complete."""
-        raise NotImplementedError
-
-    def finish_frames(self, finish: Finish) -> bytes:
-        """Frames that end the stream."""
-        raise NotImplementedError
-
-    # -- the response
+    # Methods of the subclasses that return the frames
+    start_block: Callable[[BlockEvent], bytes]  # that open a block; the event has no text yet
+    delta: Callable[[str], bytes]  # of a piece of the open block's text
+    stop_block: Callable[[str], bytes]  # that close the open block, whose text is complete
+    finish_frames: Callable[[Finish], bytes]  # that end the stream
 
     def encode_event(self, event: Event) -> bytes:
         if isinstance(event, Reasoning):
@@ -10099,7 +10076,7 @@ class Passthrough(Dialect):
     PATH = re.compile(r"/v1(/[A-Za-z0-9_-]+)+")
 
     def __init__(self, data: bytes, content_type: str) -> None:
-        body = self.document(data) if is_json(content_type, data) else {}
+        body = self.document(data, content_type)
         field = None if body else form_model(data, content_type)
         model = body.get("model") if field is None else field.value
         self.call = Call(
@@ -10115,8 +10092,13 @@ class Passthrough(Dialect):
         """Nothing: its answers are relayed, and its body may be very large."""
 
     @staticmethod
-    def document(data: bytes) -> Dict[str, Any]:
+    def document(data: bytes, content_type: str) -> Dict[str, Any]:
         """The JSON object of a body; {} for anything else, which the upstream may accept."""
+        # By default, curl -d sends any body as a form.
+        vague = ("", URLENCODED, "text/plain", "application/octet-stream")
+        kind, is_object = media_type(content_type), data[:64].lstrip().startswith(b"{")
+        if not (is_json_type(kind) or kind in vague and is_object):
+            return {}
         check_json(data, MAX_RELAYED_VALUES)
         try:
             return as_dict(_parse(data, _decode))
@@ -10125,15 +10107,6 @@ class Passthrough(Dialect):
 
     def ping_frame(self, style: str) -> bytes:
         return b""
-
-
-def is_json(content_type: str, data: bytes) -> bool:
-    """Whether a relayed body is JSON, by its type or else by its first character."""
-    # By default, curl -d sends any body as a form.
-    vague = ("", URLENCODED, "text/plain", "application/octet-stream")
-    is_object = data[:64].lstrip().startswith(b"{")
-    kind = media_type(content_type)
-    return is_json_type(kind) or kind in vague and is_object
 
 
 # -- Limits of a client's key to some models. An upstream must never read a model from the request
