@@ -1000,13 +1000,8 @@ class Call:
 
     # Made on first use: a request brings its own cancellation, and each attempt is a new one.
 
-    @functools.cached_property
-    def cancellation(self) -> Cancellation:
-        return Cancellation()
-
-    @functools.cached_property
-    def attempt(self) -> Attempt:
-        return Attempt()
+    cancellation = functools.cached_property(lambda _: Cancellation())
+    attempt = functools.cached_property(lambda _: Attempt())
 
     @property
     def text(self) -> str:
@@ -9286,9 +9281,8 @@ def is_call(block: Dict[str, Any]) -> bool:
     Responses has function_call, custom_tool_call, shell_call, computer_call and others.
     """
     block_type = str(block.get("type"))
-    return block_type in ("tool_use", "function_call") or (
-        block_type.endswith("_call") and "call_id" in block
-    )
+    is_other = block_type.endswith("_call") and "call_id" in block
+    return is_other or block_type in ("tool_use", "function_call")
 
 
 # Types of the results of such calls.
@@ -9499,25 +9493,17 @@ class Messages(BlockDialect):
     BLOCKS_END_WITH_TEXT = False
     # fmt: off
     PREFIX = "msg_"
-    RENAMED_PARAMS = {
-        "max_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p",
-        "stop_sequences": "stop",
-    }
-    KNOWN_PARAMS = (
-        "model", "messages", "system", "stream", "tools", "tool_choice", "thinking", "metadata",
-        "output_config", "output_format",
-    )
+    RENAMED_PARAMS = {"max_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p",
+                      "stop_sequences": "stop"}
+    KNOWN_PARAMS = ("model", "messages", "system", "stream", "tools", "tool_choice", "thinking",
+                    "metadata", "output_config", "output_format")
     REFUSED = ("thread", "compaction")  # skipping these would change the answer
     DETAILED_CODES = ("thread_unsupported_request",)  # those that the SDK looks for
     FUNCTION_TYPES, SCHEMA_KEY = (None, "custom"), "input_schema"
-    DELTA_TYPES = {
-        Text: (b"text_delta", b"text"), Refusal: (b"text_delta", b"text"),
-        Reasoning: (b"thinking_delta", b"thinking"),
-        ToolCall: (b"input_json_delta", b"partial_json"),
-    }
-    STOP_REASONS = {
-        "length": "max_tokens", "content_filter": "refusal", "tool_calls": "tool_use",
-    }
+    DELTA_TYPES = {Text: (b"text_delta", b"text"), Refusal: (b"text_delta", b"text"),
+                   Reasoning: (b"thinking_delta", b"thinking"),
+                   ToolCall: (b"input_json_delta", b"partial_json")}
+    STOP_REASONS = {"length": "max_tokens", "content_filter": "refusal", "tool_calls": "tool_use"}
     ERROR_TYPE_BY_STATUS = {
         401: "authentication_error", 403: "permission_error", 404: "not_found_error",
         413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error",
@@ -9781,10 +9767,8 @@ class Responses(BlockDialect):
 
     # fmt: off
     PREFIX = "resp_"
-    RENAMED_PARAMS = {
-        "max_output_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p",
-        "user": "user",
-    }
+    RENAMED_PARAMS = {"max_output_tokens": "max_tokens", "temperature": "temperature",
+                      "top_p": "top_p", "user": "user"}
     ECHOED: Dict[str, Any] = {
         "instructions": None, "max_output_tokens": None, "metadata": {},
         "parallel_tool_calls": True, "reasoning": None, "temperature": None,
@@ -9806,9 +9790,7 @@ class Responses(BlockDialect):
                             {"summary_index": 0}, {}, "response.reasoning_summary_part"),
         ToolCall: ItemWire("function_call", "fc_", "response.function_call_arguments", "arguments"),
     }
-    CUSTOM_CALL = ItemWire(
-        "custom_tool_call", "ctc_", "response.custom_tool_call_input", "input"
-    )
+    CUSTOM_CALL = ItemWire("custom_tool_call", "ctc_", "response.custom_tool_call_input", "input")
     # fmt: on
 
     sequence_number = 0  # of the next event
@@ -10079,14 +10061,12 @@ class Passthrough(Dialect):
         body = self.document(data, content_type)
         field = None if body else form_model(data, content_type)
         model = body.get("model") if field is None else field.value
-        self.call = Call(
-            {"model": model} if isinstance(model, str) else {}, stream=True, relay_only=True
-        )
-        self.call.original.body, self.call.original.form_model = body or None, field
+        chat = {"model": model} if isinstance(model, str) else {}
+        self.call = Call(chat, stream=True, relay_only=True)
+        original, binary = self.call.original, "application/octet-stream"
+        original.body, original.form_model = body or None, field
         # We decoded JSON as UTF-8. With a different charset the upstream could read another model.
-        self.call.original.content_type = (
-            "application/json" if body else content_type or "application/octet-stream"
-        )
+        original.content_type = "application/json" if body else content_type or binary
 
     def prepare(self) -> None:
         """Nothing: its answers are relayed, and its body may be very large."""
