@@ -8890,7 +8890,8 @@ class Images(Dialect):
         elif response_format not in (None, "url", "b64_json"):
             error = bad_request("'response_format' must be 'url' or 'b64_json'.", "response_format")
         elif stream:
-            error = bad_request("Images can't be streamed here; ask for one in a chat.", "stream")
+            message = "Images can't be streamed here; request one through chat instead."
+            error = bad_request(message, "stream")
         own = ("prompt", "n", "response_format", "stream")
         rest = {name: body[name] for name in body if body[name] is not None and name not in own}
         return Call(
