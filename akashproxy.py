@@ -937,9 +937,11 @@ class Cancellation:
         self.scope.raise_if_cancelled()
 
 
+@dataclass
 class OriginalRequest:
     """A client's own request, for upstreams that speak its dialect."""
 
+    headers: Dict[str, str] = field(default_factory=dict)  # the few that are forwarded
     path = CHAT_PATH  # "": none, as the chat was rewritten
     query = ""  # with its "?"
     body: Optional[Dict[str, Any]] = None  # None: not a JSON object
@@ -948,20 +950,16 @@ class OriginalRequest:
     is_changed = False  # body differs from raw_body, or an upstream could read that differently
     content_type = "application/json"  # of raw_body
 
-    def __init__(self) -> None:
-        self.headers: Dict[str, str] = {}  # the few that are forwarded
 
-
+@dataclass
 class Attempt:
     """State of one attempt, of which the controller sets all but the first field."""
 
+    retry_reason: str = ""  # "session" or "connection": a second try
+    ignored_params: List[str] = field(default_factory=list)  # that the controller doesn't support
     overflow = ""  # the upstream will leave out the conversation's beginning: numbers
     content_type: Optional[str] = None  # of a response passed through; None: it is translated
     status = 200  # of that response
-
-    def __init__(self, retry_reason: str = "") -> None:
-        self.retry_reason = retry_reason  # "session" or "connection": a second try
-        self.ignored_params: List[str] = []  # those that the controller does not support
 
 
 def message_text(message: Any) -> str:
@@ -971,6 +969,7 @@ def message_text(message: Any) -> str:
     return "".join(str(as_dict(part).get("text") or "") for part in parts)
 
 
+@dataclass(eq=False)
 class Call:
     """A request in OpenAI's chat vocabulary.
 
@@ -978,46 +977,31 @@ class Call:
     current one. Only the model changes, as aliases are resolved.
     """
 
-    key_name = ""  # of the client's key
+    body: Dict[str, Any]
+    stream: bool = False
+    relay_only: bool = False  # has no form as a chat
+    image_count: int = 0  # 0: a chat
+    images_as_bytes: bool = False  # else as URLs
+    translation_error: Optional[APIError] = None  # raised by controllers that can't relay it
     allowed_models: Tuple[str, ...] = ()  # patterns of the client's key; (): all
+    key_name = ""  # of the client's key
     one_image_at_a_time = False  # for a key with max_concurrency
     client = ""  # the key's name or, without one, the client's address
     preferred = ""  # name of a controller that has begun to answer the same request
 
-    def __init__(
-        self,
-        body: Dict[str, Any],
-        stream: bool = False,
-        relay_only: bool = False,
-        image_count: int = 0,
-        images_as_bytes: bool = False,
-        translation_error: Optional[APIError] = None,
-    ) -> None:
-        self.body = body
-        self.model: str = body.get("model", "")
+    def __post_init__(self) -> None:
+        self.model: str = self.body.get("model", "")
         self.requested_model = self.model  # before aliases are resolved
         if len(self.model) > MAX_NAME:
             raise model_not_found(self.model)
-        self.stream = stream
-        self.relay_only = relay_only  # has no form as a chat
-        self.image_count = image_count  # 0: a chat
-        self.images_as_bytes = images_as_bytes  # else as URLs
-        self.translation_error = translation_error  # raised by controllers that can't relay it
         self.untranslated: List[str] = []  # key paths that have no equivalent in ``body``
         self.original = OriginalRequest()
         self.prepared_requests: Dict[str, Any] = {}  # translated, by the controller's name
 
     # Made on first use: a request brings its own cancellation, and each attempt is a new one.
 
-    @functools.cached_property
-    def cancellation(self) -> Cancellation:
-        """The cancellation of the client's request."""
-        return Cancellation()
-
-    @functools.cached_property
-    def attempt(self) -> Attempt:
-        """The current attempt."""
-        return Attempt()
+    cancellation = functools.cached_property(lambda _: Cancellation())
+    attempt = functools.cached_property(lambda _: Attempt())
 
     @property
     def text(self) -> str:
@@ -3447,6 +3431,7 @@ class TextFilter(Filter):
     """
 
     pending = ""  # text held back
+    read: Callable[[Text], None]
 
     def feed(self, events: List[Event]) -> List[Event]:
         self.out: List[Event] = []
@@ -3467,9 +3452,6 @@ class TextFilter(Filter):
         self.out = []
         self.release()
         return self.out
-
-    def read(self, event: Text) -> None:
-        raise NotImplementedError
 
     def release(self) -> None:
         text, self.pending = self.pending, ""
@@ -8349,6 +8331,10 @@ class Dialect:
     client knows it.
     """
 
+    # Methods of the subclasses
+    parse: Callable[[Dict[str, Any]], Call]  # a request's body; raises APIError 400
+    response_body: Callable[[Answer], Dict[str, Any]]  # whose events have been counted
+
     PREFIX = "chatcmpl-"
     LARGE_BODY = 64 << 10  # bytes
     # Fields of all dialects that become a part of the prompt.
@@ -8369,10 +8355,6 @@ class Dialect:
         self.call = self.parse(body)
         self.call.original.body = body
         self.model = self.call.model  # before aliases are resolved
-
-    def parse(self, body: Dict[str, Any]) -> Call:
-        """Parse a request body. Raises APIError 400."""
-        raise NotImplementedError
 
     def prepare(self) -> None:
         """Compute what would block the loop later, for a large body. Worker thread."""
@@ -8448,10 +8430,6 @@ class Dialect:
         """A keep-alive frame: a comment, or an event for clients that reject comments."""
         return b": ping\n\n" if style == "comment" else b""
 
-    def response_body(self, answer: Answer) -> Dict[str, Any]:
-        """The body of a response that is not streamed; its events have been counted."""
-        raise NotImplementedError
-
     def local_response(self) -> Optional[Dict[str, Any]]:
         """The body of a response that needs no controller; None if it needs one."""
         return None
@@ -8459,16 +8437,8 @@ class Dialect:
     @staticmethod
     def error_body(error: APIError) -> Dict[str, Any]:
         """The body of an error response: OpenAI's fields, and those of akashchat-api-go."""
-        return {
-            "error": {
-                "message": error.message,
-                "type": error.type,
-                "param": error.param,
-                "code": error.code,
-            },
-            "code": error.status,
-            "data": {"msg": error.legacy_message},
-        }
+        fields = {name: getattr(error, name) for name in ("message", "type", "param", "code")}
+        return {"error": fields, "code": error.status, "data": {"msg": error.legacy_message}}
 
     @staticmethod
     def status(error: APIError) -> int:
@@ -8539,22 +8509,16 @@ class ChatCompletions(Dialect):
             raise bad_request("'stream_options' must be an object.", "stream_options")
         self.include_usage = bool(as_dict(options).get("include_usage"))
         call = Call(body, stream=boolean_field(body, "stream"))
-        call.untranslated = [
-            name
-            for name in filter(body.__contains__, self.RELAYED_ONLY)
-            if body[name] not in (None, self.RELAYED_ONLY[name])
-        ]
+        neutral = self.RELAYED_ONLY.items()
+        call.untranslated = [name for name, value in neutral if body.get(name) not in (None, value)]
         return call
 
     def restore_ids(self, message: Dict[str, Any]) -> None:
         """Put back what its IDs of tool calls contain, which are those of BlockDialect."""
         if EXTRA in as_str(message.get("tool_call_id")):
             message["tool_call_id"], _ = sent_id(message["tool_call_id"])
-        calls = [
-            call
-            for call in map(as_dict, as_list(message.get("tool_calls")))
-            if EXTRA in as_str(call.get("id"))
-        ]
+        calls = list(map(as_dict, as_list(message.get("tool_calls"))))
+        calls = [call for call in calls if EXTRA in as_str(call.get("id"))]
         for call in calls:
             call["id"], extra = self.own_id(call["id"])
             call.update({**extra, **call})
@@ -8620,26 +8584,17 @@ class ChatCompletions(Dialect):
         return body
 
     def body(self, choice: Dict[str, Any], answer: Answer) -> Dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": self.OBJECT,
-            "created": self.created,
-            "model": self.model,
-            "choices": [{**choice, "finish_reason": answer.finish.reason}],
-            "usage": answer.finish.usage,
-        }
+        head = {"id": self.id, "object": self.OBJECT, "created": self.created, "model": self.model}
+        choices = [{**choice, "finish_reason": answer.finish.reason}]
+        return {**head, "choices": choices, "usage": answer.finish.usage}
 
 
 def tool_call(event: ToolCall) -> Dict[str, Any]:
     """A tool call, or a fragment of one, in OpenAI's format."""
     if event.name is None:
         return {"function": {"arguments": event.arguments}}
-    return {
-        **(event.extra or {}),
-        "id": event.id,
-        "type": "function",
-        "function": {"name": event.name, "arguments": event.arguments},
-    }
+    function = {"name": event.name, "arguments": event.arguments}
+    return {**(event.extra or {}), "id": event.id, "type": "function", "function": function}
 
 
 class Completions(ChatCompletions):
@@ -8687,8 +8642,7 @@ class Images(Dialect):
         if count > 10:
             error = bad_request("'n' must be at most 10.", "n")
         elif response_format not in (None, "url", "b64_json"):
-            message = "'response_format' must be 'url' or 'b64_json'."
-            error = bad_request(message, "response_format")
+            error = bad_request("'response_format' must be 'url' or 'b64_json'.", "response_format")
         elif stream:
             message = "Images can't be streamed here; request one through chat instead."
             error = bad_request(message, "stream")
@@ -8716,13 +8670,9 @@ ChatParts = List[Dict[str, Any]]  # the content of a chat's message
 # Blocks of text: their types, and the field with the text. "encrypted_content" stands in Codex's
 # messages between agents; it is encrypted only if it begins with ENCRYPTED_PREFIX.
 TEXT_FIELDS = {
-    "text": "text",
-    "input_text": "text",
-    "output_text": "text",
-    "refusal": "refusal",
-    "encrypted_content": "encrypted_content",
-    "compaction": "content",
-}
+    "text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal",
+    "encrypted_content": "encrypted_content", "compaction": "content",
+}  # fmt: skip
 ENCRYPTED_PREFIX = "gAAAAA"
 DATA_IMAGE = re.compile(r"!\[\]\(data:image/[\w+.-]+;base64,[\w+/=-]*\)")  # as in answers
 
@@ -8734,6 +8684,7 @@ class BlockRequest(Dialect):
     KNOWN_PARAMS: Tuple[str, ...] = ()  # fields that to_chat() handles; others are ignored
     FUNCTION_TYPES: Tuple[Any, ...] = ()  # types of tools that are functions
     SCHEMA_KEY = ""  # their field with the JSON schema of the parameters
+    to_chat: Callable[[Dict[str, Any]], Dict[str, Any]]  # converts all but RENAMED_PARAMS
 
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         self.untranslated: List[str] = []  # names of ignored fields, for a response header
@@ -8742,15 +8693,9 @@ class BlockRequest(Dialect):
         self.has_begun = False  # there are further messages of the user or the assistant
         super().__init__(body, base_url)
 
-    def to_chat(self, body: Dict[str, Any]) -> Dict[str, Any]:
-        """Convert the request, except for RENAMED_PARAMS. Raises APIError 400."""
-        raise NotImplementedError
-
     def parse(self, body: Dict[str, Any]) -> Call:
-        call = Call(
-            {"model": required_field(body, "model", str, "the name of a model")},
-            stream=boolean_field(body, "stream"),
-        )
+        model = required_field(body, "model", str, "the name of a model")
+        call = Call({"model": model}, stream=boolean_field(body, "stream"))
         known = (*self.RENAMED_PARAMS, *self.KNOWN_PARAMS)
         self.untranslated += [name for name in body if name not in known]
         renamed = {new: body[name] for name, new in self.RENAMED_PARAMS.items() if name in body}
@@ -8893,11 +8838,10 @@ class BlockRequest(Dialect):
     @staticmethod
     def response_format(format_spec: Dict[str, Any]) -> Optional[Dict[str, Any]]:
         """Convert the format of an answer, as Responses names it."""
-        if format_spec.get("type") in (None, "text"):
-            return None
-        given = ((name, value) for name, value in format_spec.items() if value is not None)
-        schema = {name: value for name, value in given if name != "type"}
-        return {"type": format_spec["type"], **({"json_schema": schema} if schema else {})}
+        schema = {name: value for name, value in format_spec.items() if value is not None}
+        kind = schema.pop("type", "text")
+        schema_field = {"json_schema": schema} if schema else {}
+        return None if kind == "text" else {"type": kind, **schema_field}
 
     def convert_tools(
         self, tools: Any, param: str = "tools", space: Optional[str] = None
@@ -8921,13 +8865,11 @@ class BlockRequest(Dialect):
     ) -> Dict[str, Any]:
         """Convert a function. OpenAI wants the schema of an object with ``properties``."""
         name = required_field(tool, "name", str, f"a string in {param}")
-        function: Dict[str, Any] = {"name": self.sent_name(name, space)}
-        for key in ("description", "strict"):
-            if tool.get(key) is not None:
-                function[key] = tool[key]
+        same = {key: tool[key] for key in ("description", "strict") if tool.get(key) is not None}
         schema = as_dict(tool.get(self.SCHEMA_KEY)).items()
         given = {name: value for name, value in schema if value is not None and name != "type"}
-        function["parameters"] = {"type": "object", "properties": {}, **given}
+        parameters = {"type": "object", "properties": {}, **given}
+        function = {"name": self.sent_name(name, space), **same, "parameters": parameters}
         return {"type": "function", "function": function}
 
     def sent_name(self, name: Any, space: Any = None) -> str:
@@ -8970,32 +8912,18 @@ class BlockDialect(BlockRequest):
         self.show_reasoning = True
         self.returns_reasoning = False  # the client sends back what it gets, with a signature
         self.kept_reasoning = ""  # the beginning of what it can't send back
-        self.open_block: Any = None  # block_key() of the open block
+        self.open_block: Any = None  # its block_key()
         self.open_text: List[str] = []
         self.block_index = 0  # of the open or next block
         self.tool_blocks: Set[Any] = set()  # keys of all blocks that are tool calls
         self.deferred: List[BlockEvent] = []
         super().__init__(body, base_url)
 
-    # -- for subclasses to implement
-
-    def start_block(self, event: BlockEvent) -> bytes:
-        """Frames that open a block; the event has no text yet."""
-        raise NotImplementedError
-
-    def delta(self, text: str) -> bytes:
-        """The frame of a piece of the open block's text."""
-        raise NotImplementedError
-
-    def stop_block(self, text: str) -> bytes:
-        """Frames that close the open block, whose text is complete."""
-        raise NotImplementedError
-
-    def finish_frames(self, finish: Finish) -> bytes:
-        """Frames that end the stream."""
-        raise NotImplementedError
-
-    # -- the response
+    # Methods of the subclasses that return the frames
+    start_block: Callable[[BlockEvent], bytes]  # that open a block; the event has no text yet
+    delta: Callable[[str], bytes]  # of a piece of the open block's text
+    stop_block: Callable[[str], bytes]  # that close the open block, whose text is complete
+    finish_frames: Callable[[Finish], bytes]  # that end the stream
 
     def encode_event(self, event: Event) -> bytes:
         if isinstance(event, Reasoning):
@@ -9019,11 +8947,11 @@ class BlockDialect(BlockRequest):
                 return b""
             frames = self.close()
             self.open_block = block
+            start = with_text(event, "")
             if isinstance(event, ToolCall):
                 self.tool_blocks.add(block)
-            frames += self.start_block(
-                self.with_id(event, "") if isinstance(event, ToolCall) else with_text(event, "")
-            )
+                start = self.with_id(event, "")
+            frames += self.start_block(start)
         text = text_of(event)
         if not text:
             return frames
@@ -9038,13 +8966,8 @@ class BlockDialect(BlockRequest):
 
     def has_partial_arguments(self) -> bool:
         """Whether the open block is a tool call with incomplete arguments."""
-        if self.open_block not in self.tool_blocks:
-            return False
-        try:
-            json.loads("".join(self.open_text))
-        except (ValueError, RecursionError):
-            return True
-        return False
+        is_call = self.open_block in self.tool_blocks
+        return is_call and json_or_none("".join(self.open_text).encode("utf-8", "replace")) is None
 
     def flush_deferred(self) -> bytes:
         """Frames of the deferred events, block by block."""
@@ -9113,9 +9036,8 @@ def is_call(block: Dict[str, Any]) -> bool:
     Responses has function_call, custom_tool_call, shell_call, computer_call and others.
     """
     block_type = str(block.get("type"))
-    return block_type in ("tool_use", "function_call") or (
-        block_type.endswith("_call") and "call_id" in block
-    )
+    is_other = block_type.endswith("_call") and "call_id" in block
+    return is_other or block_type in ("tool_use", "function_call")
 
 
 # Types of the results of such calls.
@@ -9241,6 +9163,7 @@ def sent_id(value: Any) -> Tuple[Optional[str], Optional[Dict[str, Any]]]:
 
 
 CALL_ID_FIELDS = ("id", "call_id", "tool_call_id", "tool_use_id")
+SIGNATURES = ("signature", "encrypted_content")
 
 
 def without_own_marks(value: Any, levels: int = 5) -> Any:
@@ -9261,16 +9184,11 @@ def without_own_marks(value: Any, levels: int = 5) -> Any:
 
 
 def is_own_reasoning(item: Any) -> bool:
-    """Whether a block or item is reasoning of ours, or a message that consists of it."""
-    content = as_list(as_dict(item).get("content"))
-    return has_own_mark(item) or content != [] and all(map(has_own_mark, content))
-
-
-def has_own_mark(block: Any) -> bool:
-    """Whether a block or item is marked as reasoning of ours."""
-    fields = as_dict(block)
-    signatures = fields.get("signature"), fields.get("encrypted_content")
-    return UNSIGNED in signatures or as_str(fields.get("id")).startswith(UNSIGNED_ID)
+    """Whether a block or item is reasoning of ours, or consists of it."""
+    fields = as_dict(item)
+    content, signatures = as_list(fields.get("content")), map(fields.get, SIGNATURES)
+    is_marked = UNSIGNED in signatures or as_str(fields.get("id")).startswith(UNSIGNED_ID)
+    return is_marked or content != [] and all(map(is_own_reasoning, content))
 
 
 def count_values(value: Any) -> int:
@@ -9330,25 +9248,17 @@ class Messages(BlockDialect):
     BLOCKS_END_WITH_TEXT = False
     # fmt: off
     PREFIX = "msg_"
-    RENAMED_PARAMS = {
-        "max_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p",
-        "stop_sequences": "stop",
-    }
-    KNOWN_PARAMS = (
-        "model", "messages", "system", "stream", "tools", "tool_choice", "thinking", "metadata",
-        "output_config", "output_format",
-    )
+    RENAMED_PARAMS = {"max_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p",
+                      "stop_sequences": "stop"}
+    KNOWN_PARAMS = ("model", "messages", "system", "stream", "tools", "tool_choice", "thinking",
+                    "metadata", "output_config", "output_format")
     REFUSED = ("thread", "compaction")  # skipping these would change the answer
     DETAILED_CODES = ("thread_unsupported_request",)  # those that the SDK looks for
     FUNCTION_TYPES, SCHEMA_KEY = (None, "custom"), "input_schema"
-    DELTA_TYPES = {
-        Text: (b"text_delta", b"text"), Refusal: (b"text_delta", b"text"),
-        Reasoning: (b"thinking_delta", b"thinking"),
-        ToolCall: (b"input_json_delta", b"partial_json"),
-    }
-    STOP_REASONS = {
-        "length": "max_tokens", "content_filter": "refusal", "tool_calls": "tool_use",
-    }
+    DELTA_TYPES = {Text: (b"text_delta", b"text"), Refusal: (b"text_delta", b"text"),
+                   Reasoning: (b"thinking_delta", b"thinking"),
+                   ToolCall: (b"input_json_delta", b"partial_json")}
+    STOP_REASONS = {"length": "max_tokens", "content_filter": "refusal", "tool_calls": "tool_use"}
     ERROR_TYPE_BY_STATUS = {
         401: "authentication_error", 403: "permission_error", 404: "not_found_error",
         413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error",
@@ -9451,24 +9361,13 @@ class Messages(BlockDialect):
         }
 
     def message_object(self, content: List[Dict[str, Any]]) -> Dict[str, Any]:
-        return {
-            "id": self.id,
-            "type": "message",
-            "role": "assistant",
-            "model": self.model,
-            "content": content,
-            "stop_reason": None,
-            "stop_sequence": None,
-        }
+        head = {"id": self.id, "type": "message", "role": "assistant", "model": self.model}
+        return {**head, "content": content, "stop_reason": None, "stop_sequence": None}
 
     def content_block(self, event: BlockEvent) -> Dict[str, Any]:
         if isinstance(event, ToolCall):
-            return {
-                "type": "tool_use",
-                "id": event.id,
-                "name": self.client_name(event)[0],
-                "input": call_input(event.arguments),
-            }
+            name, sent = self.client_name(event)[0], call_input(event.arguments)
+            return {"type": "tool_use", "id": event.id, "name": name, "input": sent}
         if isinstance(event, Reasoning):
             signature = UNSIGNED if event.text else ""  # in a stream it follows the text
             return {"type": "thinking", "thinking": event.text, "signature": signature}
@@ -9502,40 +9401,26 @@ class Messages(BlockDialect):
     @staticmethod
     def error_body(error: APIError) -> Dict[str, Any]:
         status = Messages.status(error)
+        default = "api_error" if status >= 500 else "invalid_request_error"
+        error_type = Messages.ERROR_TYPE_BY_STATUS.get(status, default)
         is_detailed = error.code in Messages.DETAILED_CODES
-        return {
-            "type": "error",
-            "error": {
-                **({"details": {"error_code": error.code}} if is_detailed else {}),
-                "message": overflow_message(error),
-                "type": Messages.ERROR_TYPE_BY_STATUS.get(
-                    status, "api_error" if status >= 500 else "invalid_request_error"
-                ),
-            },
-        }
+        details = {"details": {"error_code": error.code}} if is_detailed else {}
+        fields = {**details, "message": overflow_message(error), "type": error_type}
+        return {"type": "error", "error": fields}
 
     @staticmethod
     def model_object(model: Dict[str, Any]) -> Dict[str, Any]:
         created = model.get("created")
         seconds = min(max(created, 0), 1 << 33) if type(created) is int else 0
-        return {
-            "type": "model",
-            "id": model["id"],
-            "display_name": model["id"],
-            "lifecycle": "active",
-            "created_at": utc(seconds),
-            **{name: model[name] for name in CONTEXT_FIELDS if name in model},
-        }
+        names = {"type": "model", "id": model["id"], "display_name": model["id"]}
+        limits = {name: model[name] for name in CONTEXT_FIELDS if name in model}
+        return {**names, "lifecycle": "active", "created_at": utc(seconds), **limits}
 
     @staticmethod
     def model_list(models: List[Dict[str, Any]]) -> Dict[str, Any]:
         ids = [model["id"] for model in models] or [None]
-        return {
-            "data": list(map(Messages.model_object, models)),
-            "has_more": False,
-            "first_id": ids[0],
-            "last_id": ids[-1],
-        }
+        data = list(map(Messages.model_object, models))
+        return {"data": data, "has_more": False, "first_id": ids[0], "last_id": ids[-1]}
 
 
 def overflow_message(error: APIError) -> str:
@@ -9637,16 +9522,16 @@ class Responses(BlockDialect):
 
     # fmt: off
     PREFIX = "resp_"
-    RENAMED_PARAMS = {
-        "max_output_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p",
-        "user": "user",
-    }
+    RENAMED_PARAMS = {"max_output_tokens": "max_tokens", "temperature": "temperature",
+                      "top_p": "top_p", "user": "user"}
     ECHOED: Dict[str, Any] = {
         "instructions": None, "max_output_tokens": None, "metadata": {},
         "parallel_tool_calls": True, "reasoning": None, "temperature": None,
         "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": None,
     }
     STATEFUL = ("previous_response_id", "conversation", "prompt", "background")
+    STATELESS = {"previous_response_id": None, "store": False, "truncation": "disabled"}
+    INCOMPLETE_REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}
     ECHO_LIMIT = 1 << 16  # bytes; larger requests are not echoed: a stream has three copies
     KNOWN_PARAMS = (*ECHOED, *STATEFUL, "model", "input", "stream", "store", "include")
     ENCRYPTED = "reasoning.encrypted_content"
@@ -9660,9 +9545,7 @@ class Responses(BlockDialect):
                             {"summary_index": 0}, {}, "response.reasoning_summary_part"),
         ToolCall: ItemWire("function_call", "fc_", "response.function_call_arguments", "arguments"),
     }
-    CUSTOM_CALL = ItemWire(
-        "custom_tool_call", "ctc_", "response.custom_tool_call_input", "input"
-    )
+    CUSTOM_CALL = ItemWire("custom_tool_call", "ctc_", "response.custom_tool_call_input", "input")
     # fmt: on
 
     sequence_number = 0  # of the next event
@@ -9788,13 +9671,14 @@ class Responses(BlockDialect):
 
     def start_block(self, event: BlockEvent) -> bytes:
         wire = self.open_wire = self.wire(event)
-        item = self.output_item(event, wire.id_prefix + new_id(), "in_progress")
+        item = self.output_item(event, status="in_progress")
         self.open_item: Any = event
         self.item_ref = {"item_id": item["id"], "output_index": self.block_index, **wire.part_index}
         name = wire.text_event + ".delta"
         delta = to_json({"type": name, **self.item_ref, **wire.more})[:-1]
         self.head = b'event: %b\ndata: %b,"sequence_number":' % (name.encode(), delta)
-        return self.item_frame("added", item) + self.part_frame("added", event)
+        frames = self.frame("response.output_item.added", output_index=self.block_index, item=item)
+        return frames + self.part_frame("added", event)
 
     def wire(self, event: BlockEvent) -> ItemWire:
         """The kind of an event's item."""
@@ -9814,7 +9698,8 @@ class Responses(BlockDialect):
         is_call = isinstance(self.open_item, ToolCall)
         text = text or "{}" if is_call else text
         event = dataclasses.replace(self.open_item, **{"arguments" if is_call else "text": text})
-        self.output.append(self.output_item(event, self.item_ref["item_id"]))
+        item = self.output_item(event, self.item_ref["item_id"])
+        self.output.append(item)
         if wire is self.CUSTOM_CALL:
             text = custom_input(text)
             frames = self.delta_frame(text)
@@ -9822,11 +9707,8 @@ class Responses(BlockDialect):
         frames += self.frame(wire.text_event + ".done", **fields) + self.part_frame("done", event)
         if isinstance(event, Text):
             self.annotations = []
-        return frames + self.item_frame("done", self.output[-1])
-
-    def item_frame(self, step: str, item: Dict[str, Any]) -> bytes:
-        """The event of an item that is added or done."""
-        return self.frame(f"response.output_item.{step}", output_index=self.block_index, item=item)
+        at = self.block_index
+        return frames + self.frame("response.output_item.done", output_index=at, item=item)
 
     def part_frame(self, step: str, event: BlockEvent) -> bytes:
         """The event of an item's only part that is added or done; a tool call has none."""
@@ -9850,23 +9732,17 @@ class Responses(BlockDialect):
     def response_body(self, answer: Answer) -> Dict[str, Any]:
         for each in answer.citations:
             self.encode_event(each)
-        self.output = [
-            self.output_item(event, self.wire(event).id_prefix + new_id())
-            for event in self.answer_blocks(answer)
-        ]
+        self.output = list(map(self.output_item, self.answer_blocks(answer)))
         return self.response_object(answer.finish)
 
     def response_object(self, finish: Optional[Finish] = None) -> Dict[str, Any]:
         """The response's current state."""
         original, usage = self.call.original, finish and finish.usage
         sent = as_dict(original.body) if len(original.raw_body) <= self.ECHO_LIMIT else {}
-        reason = finish and {"length": "max_output_tokens", "content_filter": "content_filter"}.get(
-            finish.reason
-        )
+        reason = finish and self.INCOMPLETE_REASONS.get(finish.reason)
+        head = {"id": self.id, "object": "response", "created_at": self.created}
         return {
-            "id": self.id,
-            "object": "response",
-            "created_at": self.created,
+            **head,
             "model": self.model,
             "output": self.output,
             "status": "incomplete" if reason else "completed" if finish else "in_progress",
@@ -9874,9 +9750,7 @@ class Responses(BlockDialect):
             "incomplete_details": {"reason": reason} if reason else None,
             **self.ECHOED,
             **{name: sent[name] for name in self.ECHOED if sent.get(name) is not None},
-            "previous_response_id": None,
-            "store": False,
-            "truncation": "disabled",
+            **self.STATELESS,
             "usage": response_usage(usage) if usage else None,
         }
 
@@ -9890,10 +9764,11 @@ class Responses(BlockDialect):
         return {"type": "output_text", **fields}
 
     def output_item(
-        self, event: BlockEvent, item_id: str, status: str = "completed"
+        self, event: BlockEvent, item_id: str = "", status: str = "completed"
     ) -> Dict[str, Any]:
-        """An item of the output; it has no parts until it is completed."""
+        """An item of the output, new without an ID; it has no parts until it is completed."""
         wire = self.wire(event)
+        item_id = item_id or wire.id_prefix + new_id()
         item: Dict[str, Any] = {"id": item_id, "type": wire.type, "status": status}
         if isinstance(event, ToolCall):
             name, space = self.client_name(event)
@@ -9938,24 +9813,27 @@ class Passthrough(Dialect):
     PATH = re.compile(r"/v1(/[A-Za-z0-9_-]+)+")
 
     def __init__(self, data: bytes, content_type: str) -> None:
-        body = self.document(data) if is_json(content_type, data) else {}
+        body = self.document(data, content_type)
         field = None if body else form_model(data, content_type)
         model = body.get("model") if field is None else field.value
-        self.call = Call(
-            {"model": model} if isinstance(model, str) else {}, stream=True, relay_only=True
-        )
-        self.call.original.body, self.call.original.form_model = body or None, field
+        chat = {"model": model} if isinstance(model, str) else {}
+        self.call = Call(chat, stream=True, relay_only=True)
+        original, binary = self.call.original, "application/octet-stream"
+        original.body, original.form_model = body or None, field
         # We decoded JSON as UTF-8. With a different charset the upstream could read another model.
-        self.call.original.content_type = (
-            "application/json" if body else content_type or "application/octet-stream"
-        )
+        original.content_type = "application/json" if body else content_type or binary
 
     def prepare(self) -> None:
         """Nothing: its answers are relayed, and its body may be very large."""
 
     @staticmethod
-    def document(data: bytes) -> Dict[str, Any]:
+    def document(data: bytes, content_type: str) -> Dict[str, Any]:
         """The JSON object of a body; {} for anything else, which the upstream may accept."""
+        # By default, curl -d sends any body as a form.
+        vague = ("", URLENCODED, "text/plain", "application/octet-stream")
+        kind, is_object = media_type(content_type), data[:64].lstrip().startswith(b"{")
+        if not (is_json_type(kind) or kind in vague and is_object):
+            return {}
         check_json(data, MAX_RELAYED_VALUES)
         try:
             return as_dict(_parse(data, _decode))
@@ -9964,15 +9842,6 @@ class Passthrough(Dialect):
 
     def ping_frame(self, style: str) -> bytes:
         return b""
-
-
-def is_json(content_type: str, data: bytes) -> bool:
-    """Whether a relayed body is JSON, by its type or else by its first character."""
-    # By default, curl -d sends any body as a form.
-    vague = ("", URLENCODED, "text/plain", "application/octet-stream")
-    is_object = data[:64].lstrip().startswith(b"{")
-    kind = media_type(content_type)
-    return is_json_type(kind) or kind in vague and is_object
 
 
 # -- Limits of a client's key to some models. An upstream must never read a model from the request
@@ -10001,26 +9870,19 @@ def lenient_name(name: str) -> str:
     return name.partition("[")[0].partition("\0")[0].strip().casefold()
 
 
-def is_model_field(name: str) -> bool:
-    """Whether an upstream may read a field as "model", written in this or another way."""
-    return lenient_name(name) == "model"
-
-
 def remove_model_params(query: str) -> str:
     """Remove the model from a query."""
-
     # Only the body's model was checked, but LiteLLM prefers the query's.
-    def remaining(param: "re.Match[str]") -> str:
-        return "" if is_model_field(urllib.parse.unquote_plus(param[1])) else param[0]
-
-    return re.sub("([^&;=]*)[^&;]*[&;]?", remaining, query).rstrip("&;")
+    params = re.finditer("([^&;=]*)[^&;]*[&;]?", query)
+    names = ((param[0], urllib.parse.unquote_plus(param[1])) for param in params)
+    return "".join(text for text, name in names if lenient_name(name) != "model").rstrip("&;")
 
 
 def check_names(names: Iterable[str], refused: Iterable[str] = ()) -> None:
     """Raise APIError 400 for refused fields, and for "model" written in another way."""
     refused = {name.casefold() for name in refused}
     for name in names:
-        if "model" in name.lower() and name != "model" and is_model_field(name):
+        if "model" in name.lower() and name != "model" and lenient_name(name) == "model":
             raise bad_request(f"The field {name[:40]!r} must be written 'model'.", "model")
         if refused and lenient_name(name) in refused:
             raise bad_request(f"The field {name[:40]!r} is not allowed for this key.", name[:40])
@@ -10115,7 +9977,7 @@ def urlencoded_fields(data: bytes) -> List[FormField]:
     try:
         for match in re.finditer(b"(?:^|[&;])([^&;=]*)=?([^&;]*)", data):
             name = percent_decoded(match[1])
-            value = percent_decoded(match[2]) if is_model_field(name) else ""
+            value = percent_decoded(match[2]) if lenient_name(name) == "model" else ""
             fields.append(FormField(name, value, *match.span(2)))
     except ValueError:
         raise bad_request("The form is malformed.") from None
@@ -10165,19 +10027,14 @@ def part_field(head: bytes, value: bytes) -> Tuple[str, str]:
     if not match or len(headers) < len(pairs):
         raise bad_request("The head of a part of the form is malformed.")
     name = match[1] if match[2] is None else match[2]
-    if not is_model_field(name):
+    if lenient_name(name) != "model":
         return name, ""
     content_type = headers.get("content-type", "text/plain")
     check_charset(content_type)
-    text = value.decode("utf-8", "replace")
-    if (
-        match[3]
-        or match[4]  # a file
-        or media_type(content_type) != "text/plain"
-        or set(headers) - {"content-disposition", "content-type"}
-        or len(value) > MAX_NAME
-        or not text.isprintable()
-    ):
+    text, is_file = value.decode("utf-8", "replace"), match[3] or match[4]
+    is_text = media_type(content_type) == "text/plain" and text.isprintable()
+    more_headers = set(headers) - {"content-disposition", "content-type"}
+    if is_file or not is_text or more_headers or len(value) > MAX_NAME:
         raise bad_request("The model must be a plain text field of the form.", "model")
     return name, text
 
