@@ -89,7 +89,7 @@ Where is ...
     the network's exceptions           upstream_error, UpstreamResponse.to_api_error
     strict HTTP                        find_head_end, parse_head, BodyDecoder
     connections to upstreams           ConnectionPool
-    proxies on the way                 UpstreamRequest, SocksProxy
+    proxies on the way                 UpstreamRequest, connect_by_socks
     deadlines                          CancelScope, Connection.on_tick
     cancelling                         Cancellation
     request bodies                     BodyReader, check_body_size
@@ -175,9 +175,7 @@ import sys
 import threading
 import time
 import traceback
-import urllib.error
 import urllib.parse
-import urllib.request
 import zlib
 from collections import OrderedDict, defaultdict, deque
 from dataclasses import dataclass, field
@@ -2386,14 +2384,14 @@ class ContentDecoder:
 
 
 # == 6. transport =============================================================================
-# Connections to upstreams: urllib.request with a connection pool. All network exceptions end here;
-# above this section an OSError can only mean that the client disconnected. Knows no models.
+# Connections to upstreams. All network exceptions end here; above this section an OSError can only
+# mean that the client disconnected. Knows no models.
 
 
 T = TypeVar("T")
 
 
-class UpstreamRequest(urllib.request.Request):
+class UpstreamRequest:
     """A request to an upstream, through an HTTP proxy if there is one.
 
     Transport parses each URL once and sends copies.
@@ -2402,23 +2400,29 @@ class UpstreamRequest(urllib.request.Request):
     method: str
     body: Union[bytes, bytearray, None]
     scope: CancelScope
+    timeouts: "Timeouts"
     retry_reason: str  # of a repeated request, which needs a new connection
-    _tunnel_host: Optional[str]  # urllib's: the upstream, if a proxy tunnels to it
 
     def __init__(self, url: str, proxy: str = "") -> None:
-        super().__init__(url)
-        self.fields = {"Host": self.host}
+        scheme, _, location = url.partition("://")
+        self.scheme = scheme.lower()
+        self.host, _, path = location.partition("/")  # to connect to
+        self.target, self.fields = "/" + path, {"Host": self.host}
+        self.tunnel_host = ""  # the upstream, if a proxy tunnels to it
         self.tunnel_headers: Dict[str, str] = {}
         if proxy:
             parts = urllib.parse.urlsplit(proxy)
-            address = parts.netloc.rpartition("@")[2] + (":80" if parts.port is None else "")
-            self.set_proxy(address, "http")
+            headers = self.fields
+            if self.scheme == "https":
+                self.tunnel_host, headers = self.host, self.tunnel_headers
+            else:
+                self.target = url
+            self.host = parts.netloc.rpartition("@")[2] + (":80" if parts.port is None else "")
             if parts.username is not None:
                 credentials = base64.b64encode(b":".join(proxy_credentials(proxy))).decode()
-                headers = self.tunnel_headers if self._tunnel_host else self.fields
                 headers["Proxy-Authorization"] = "Basic " + credentials
         # equal for requests that can share a connection
-        self.connection_key = self.type, self.host, self._tunnel_host
+        self.connection_key = self.scheme, self.host, self.tunnel_host
 
     def copy(self, headers: Dict[str, str], **attributes: Any) -> "UpstreamRequest":
         """Return a request with further headers and the attributes above."""
@@ -2429,7 +2433,7 @@ class UpstreamRequest(urllib.request.Request):
 
     def parts(self) -> List[Union[bytes, bytearray]]:
         """Serialize head and body, together unless that would take much memory."""
-        head = request_head(f"{self.method} {self.selector} HTTP/1.1", *self.fields.items())
+        head = request_head(f"{self.method} {self.target} HTTP/1.1", *self.fields.items())
         if self.body is None:
             return [head + b"\r\n"]
         head = b"%bContent-Length: %d\r\n\r\n" % (head, len(self.body))
@@ -2448,32 +2452,36 @@ def request_head(line: str, *fields: Tuple[str, str]) -> bytes:
     return "\r\n".join([*lines, ""]).encode("latin-1")
 
 
-class ConnectionPool(urllib.request.BaseHandler):
-    """urllib handler for http and https with persistent connections. Any thread.
+class ConnectionPool:
+    """Sends requests on persistent connections, of which the caller reads. Any thread.
 
-    It connects and sends; the caller receives. An idle connection that the server has closed is
-    dropped before use. If the server closes one just as a request is sent, the response fails with
-    Category.RETRY and the request is repeated on a new connection.
+    An idle connection that the server has closed is dropped before use. If the server closes one
+    just as a request is sent, the response fails with Category.RETRY and the request is repeated on
+    a new connection.
     """
 
-    def __init__(self, ca_file: str = "", proxy: str = "") -> None:
-        """``proxy`` is the URL of a SOCKS proxy; HTTP proxies are part of requests."""
-        self.ca_file = ca_file
-        self.socks = SocksProxy(proxy) if proxy.startswith("socks") else None
+    def __init__(self, connect_timeout: float, ca_file: str, proxy: str) -> None:
+        self.connect_timeout, self.ca_file = connect_timeout, ca_file
+        # HTTP proxies are part of requests.
+        socks = functools.partial(connect_by_socks, proxy)
+        self.connect = socks if proxy.startswith("socks") else connect_within
         # (expires_at, socket) by request key, the most recently used last
         self.idle: Dict[Any, List[Tuple[float, Any]]] = {}
         self.closed = False
         self.lock = threading.Lock()
 
-    def http_open(self, request: UpstreamRequest) -> "UpstreamResponse":
+    def open(self, request: UpstreamRequest) -> "UpstreamResponse":
         """Send a request on an idle or a new connection, and leave its socket blocking."""
         sock = None if request.retry_reason else self._acquire(request.connection_key)
-        reused = sock is not None
-        if sock is None:
-            sock = self._connect(request)
+        reused, scope, timeouts = sock is not None, request.scope, request.timeouts
+        scope.set_deadline(timeouts.first, timeouts.connect_message)
+        deadline = scope.deadline
         try:
-            request.scope.attach(sock)
-            request.scope.timeout_category = Category.CUT
+            if sock is None:
+                sock = self._connect(request)
+            scope.attach(sock)
+            scope.deadline, scope.timeout_message = deadline, timeouts.first_byte_message
+            scope.timeout_category = Category.CUT
             try:
                 if sock.gettimeout() is not None:
                     sock.setblocking(True)
@@ -2486,12 +2494,14 @@ class ConnectionPool(urllib.request.BaseHandler):
                     raise
                 log.debug("%s closed the connection while a request was sent", request.host)
             return UpstreamResponse(sock, request, reused, self)
-        except BaseException:
-            request.scope.detach()
-            sock.close()
+        except BaseException as error:
+            sock = scope.sock
+            scope.detach()
+            if sock is not None:
+                sock.close()
+            # Up to Python 3.10 a frame of http.client holds a proxy's reply, which stays open.
+            traceback.clear_frames(error.__traceback__)
             raise
-
-    https_open = http_open
 
     def release(self, key: Any, sock: Any, seconds: float) -> None:
         """Keep a connection for reuse within ``seconds``."""
@@ -2531,80 +2541,48 @@ class ConnectionPool(urllib.request.BaseHandler):
             sock.close()
 
     def _connect(self, request: UpstreamRequest) -> Any:
-        connection: http.client.HTTPConnection
-        if request.type == "https":
+        connection = http.client.HTTPConnection(request.host, timeout=self.connect_timeout)
+        if request.scheme == "https":
             connection = http.client.HTTPSConnection(
-                request.host, timeout=request.timeout, context=tls_context(self.ca_file)
+                request.host, timeout=self.connect_timeout, context=tls_context(self.ca_file)
             )
-        else:
-            connection = http.client.HTTPConnection(request.host, timeout=request.timeout)
-        if request._tunnel_host:
-            connection.set_tunnel(request._tunnel_host, headers=request.tunnel_headers)
+        if request.tunnel_host:
+            connection.set_tunnel(request.tunnel_host, headers=request.tunnel_headers)
         # HTTPConnection.connect() opens its socket with this attribute.
-        connect = self.socks.connect if self.socks else connect_within
         connection._create_connection = functools.partial(  # type: ignore[attr-defined]
-            connect, request.scope
+            self.connect, request.scope
         )
-        try:
-            connection.connect()
-            sock: Any = connection.sock
-            if request.type == "https":  # not in connect(), where it could not be cancelled
-                request.scope.attach(sock)
-                sock.do_handshake()
-        except BaseException as error:
-            request.scope.detach()
-            connection.close()
-            # Up to Python 3.10 a frame of http.client holds a proxy's reply, which stays open.
-            traceback.clear_frames(error.__traceback__)
-            raise
+        connection.connect()
+        sock: Any = connection.sock
+        if request.scheme == "https":  # not in connect(), where it could not be cancelled
+            request.scope.attach(sock)
+            sock.do_handshake()
         return sock
-
-
-class DeadlineSocket(socket.socket):
-    """A socket that connects, and is read as a file, within so many seconds in all.
-
-    http.client reads a proxy's reply in this way. A TLS handshake gets the seconds that are left.
-    """
-
-    def __init__(self, family: int, kind: int, protocol: int, seconds: float) -> None:
-        super().__init__(family, kind, protocol)
-        self.deadline = time.monotonic() + seconds
-
-    def connect(self, address: Any) -> None:
-        self._limit()
-        super().connect(address)
-        self._limit()
-
-    def recv_into(self, *args: Any) -> int:
-        self._limit()
-        size = super().recv_into(*args)
-        self._limit()
-        return size
-
-    def _limit(self) -> None:
-        self.settimeout(min(max(0.001, self.deadline - time.monotonic()), threading.TIMEOUT_MAX))
 
 
 def connect_within(
     scope: CancelScope, address: Tuple[str, int], seconds: float, *_: Any
-) -> DeadlineSocket:
-    """Connect to an address; ``seconds`` include the handshakes that follow."""
+) -> socket.socket:
+    """Connect to an address, and limit the handshakes that follow to the time left.
 
-    def connect(family: int, kind: int, protocol: int, _: str, target: Any) -> DeadlineSocket:
-        sock = DeadlineSocket(family, kind, protocol, seconds)
-        try:
-            scope.attach(sock)
-            sock.connect(target)
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-
+    The caller closes the socket that the scope holds, if this or a handshake fails.
+    """
     *others, last = socket.getaddrinfo(*address, 0, socket.SOCK_STREAM)
-    for info in others:
-        with contextlib.suppress(OSError):
-            return connect(*info)
-    return connect(*last)
+    for info in (*others, last):
+        deadline = time.monotonic() + seconds
+        sock = socket.socket(*info[:3])
+        scope.attach(sock)
+        sock.settimeout(seconds)
+        try:
+            sock.connect(info[4])
+            break
+        except OSError:
+            if info is last:
+                raise
+            sock.close()
+    sock.settimeout(None)
+    scope.deadline = min(scope.deadline, deadline)
+    return sock
 
 
 class ConnectError(OSError):
@@ -2639,61 +2617,52 @@ def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
     return ""
 
 
-class SocksProxy:
-    """A SOCKS 5 proxy (RFC 1928, passwords: RFC 1929).
+def connect_by_socks(
+    url: str, scope: CancelScope, address: Tuple[str, int], *options: Any
+) -> socket.socket:
+    """Connect to an address by a SOCKS 5 proxy (RFC 1928); as connect_within().
 
     socks5:// looks up names here, socks5h:// lets the proxy do it. socks:// is what GNOME writes
     into the environment for socks5://.
     """
+    proxy = urllib.parse.urlsplit(url)
+    sock = connect_within(scope, (str(proxy.hostname), proxy.port or 1080), *options)
+    with sock.makefile("rb") as replies:  # reads no byte of the upstream: clients begin
+        problem = socks_login(sock, replies, *proxy_credentials(url))
+        if not problem:
+            sock.sendall(b"\5\1\0" + socks_address(*address, proxy.scheme == "socks5h"))
+            _, code, _, address_type = replies.read(4).ljust(4, b"\xff")
+            length = {1: 4, 4: 16}.get(address_type) or int.from_bytes(replies.read(1), "big")
+            replies.read(length + 2)  # the address that the proxy uses
+            problem = f"can't reach it (SOCKS reply {code})" if code else ""
+    if problem:
+        raise ConnectError(f"the proxy {proxy.hostname} {problem} (check PROXY)")
+    return sock
 
-    def __init__(self, url: str) -> None:
-        parts = urllib.parse.urlsplit(url)
-        self.host, self.port = str(parts.hostname), parts.port or 1080
-        self.remote_names = parts.scheme == "socks5h"
-        self.user, self.password = proxy_credentials(url)
 
-    def connect(self, scope: CancelScope, address: Tuple[str, int], *options: Any) -> socket.socket:
-        """Return a socket connected to an address; as connect_within()."""
-        sock = connect_within(scope, (self.host, self.port), *options)
-        try:
-            with sock.makefile("rb") as replies:  # reads no byte of the upstream: clients begin
-                problem = self._negotiate(sock, replies, *address)
-            if problem:
-                raise ConnectError(f"the proxy {self.host} {problem} (check PROXY)")
-            return sock
-        except BaseException:
-            sock.close()
-            raise
+def socks_login(sock: socket.socket, replies: Any, user: bytes, password: bytes) -> str:
+    """Log in to a SOCKS proxy (RFC 1929), if necessary; return what failed."""
+    sock.sendall(b"\5\2\0\2" if user else b"\5\1\0")
+    method = replies.read(2)
+    if method == b"\5\2" and user:
+        sock.sendall(b"\1" + b"".join(bytes([len(text)]) + text for text in (user, password)))
+        return "" if replies.read(2)[1:] == b"\0" else "rejected the user or the password"
+    return "" if method == b"\5\0" else "is not SOCKS 5 or refuses this login"
 
-    def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> str:
-        """Log in and have a connection opened; return what the proxy does not do, or ""."""
-        sock.sendall(b"\5\2\0\2" if self.user else b"\5\1\0")  # no login, or a password
-        chosen = replies.read(2)
-        if chosen != b"\5\0" and not (chosen == b"\5\2" and self.user):
-            return "is not SOCKS 5 or refuses this login"
-        if chosen == b"\5\2":
-            fields = [bytes([len(field)]) + field for field in (self.user, self.password)]
-            sock.sendall(b"\1" + b"".join(fields))
-            if replies.read(2)[1:] != b"\0":
-                return "rejected the user or the password"
-        sock.sendall(b"\5\1\0" + self._address(host, port) + port.to_bytes(2, "big"))
-        _, code, _, address_type = replies.read(4).ljust(4, b"\xff")
-        length = {1: 4, 4: 16}.get(address_type) or int.from_bytes(replies.read(1), "big")
-        replies.read(length + 2)  # the address that the proxy uses
-        return f"can't reach it (SOCKS reply {code})" if code else ""
 
-    def _address(self, host: str, port: int) -> bytes:
-        """A host in RFC 1928's form: a type, then 4 bytes, 16 bytes or a counted name."""
-        try:
-            if not self.remote_names:
-                host = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
-            packed = ipaddress.ip_address(host).packed
-        except socket.gaierror as error:
-            raise ConnectError(connect_problem(error, host, "")) from error
-        except ValueError:
-            name = host.encode("idna")
-            return bytes([3, len(name)]) + name
-        return (b"\1" if len(packed) == 4 else b"\4") + packed
+def socks_address(host: str, port: int, remote_names: bool) -> bytes:
+    """A type, an address of 4 or 16 bytes or a counted name, and a port."""
+    try:
+        if not remote_names:
+            host = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
+        packed = ipaddress.ip_address(host).packed
+        target = (b"\1" if len(packed) == 4 else b"\4") + packed
+    except socket.gaierror as error:
+        raise ConnectError(connect_problem(error, host, "")) from error
+    except ValueError:
+        name = host.encode("idna")
+        target = bytes([3, len(name)]) + name
+    return target + port.to_bytes(2, "big")
 
 
 def is_persistent(http_minor: str, headers: Dict[str, str]) -> bool:
@@ -2778,10 +2747,9 @@ class UpstreamResponse:
     """Response of an upstream: parses the head, then removes the body's framing.
 
     ``status`` is 0 until the head is complete. ``reused`` is set if the connection served another
-    request before. Transport.start_request sets ``timeouts``. One thread at a time.
+    request before. One thread at a time.
     """
 
-    timeouts: "Timeouts"
     has_begun = False  # a byte has arrived
     status = 0
     keep_alive = False
@@ -2790,13 +2758,13 @@ class UpstreamResponse:
     content: Optional[ContentDecoder] = None  # of a compressed body
     opening = b""  # the payload received first, or together with the head
     interim = 0  # number of 1xx responses so far
-    first_byte_deadline = math.inf  # until the first content
 
     def __init__(
         self, sock: Any, request: UpstreamRequest, reused: bool, pool: ConnectionPool
     ) -> None:
         self.sock, self.request, self.scope = sock, request, request.scope
-        self.reused, self.pool = reused, pool
+        self.reused, self.pool, self.timeouts = reused, pool, request.timeouts
+        self.first_byte_deadline = self.scope.deadline  # until the first content
         self.head_buffer = bytearray()  # an incomplete head
 
     def receive(self, data: bytes) -> bytes:
@@ -2890,16 +2858,6 @@ class UpstreamResponse:
             failure.category = Category.CUT
         return failure
 
-    def make_nonblocking(self) -> int:
-        """Let recv() not block if called with the flags returned.
-
-        Where a flag is enough, the socket stays as it is: that saves two system calls per request.
-        """
-        if DONTWAIT and not hasattr(self.sock, "pending"):  # not TLS, which takes no flags
-            return DONTWAIT
-        self.sock.setblocking(False)
-        return 0
-
     def reset_idle_deadline(self, started: bool = True) -> None:
         """Set the deadline of the next read, or of the first content until it has arrived."""
         timeouts = self.timeouts
@@ -2968,6 +2926,7 @@ class Timeouts:
 
     def __init__(self, upstream_name: str, first: float, idle: float) -> None:
         self.upstream_name, self.first, self.idle = upstream_name, first, idle
+        self.connect_message = f"{upstream_name} could not be reached in time."
         self.first_byte_message = f"{upstream_name} did not answer within {first:g} seconds."
         self.idle_message = f"{upstream_name} sent nothing for {idle:g} seconds."
 
@@ -2993,18 +2952,13 @@ class Transport:
         self.upstream_name = upstream_name
         defaults = {"User-Agent": settings.user_agent, "Accept-Encoding": "identity"}
         self.headers = {name.title(): value for name, value in {**defaults, **headers}.items()}
-        self.connect_timeout = options.connect_timeout or settings.connect_timeout
         self.first_byte_timeout = options.first_byte_timeout or settings.first_byte_timeout
         self.idle_timeout = options.idle_timeout or settings.idle_timeout
         self.host = urllib.parse.urlsplit(base).hostname or ""
         self.proxy_host = urllib.parse.urlsplit(options.proxy).hostname or ""
         self.session_timeout = settings.session_timeout
-        self.connections = ConnectionPool(settings.ca_file, options.proxy)
-        # Not build_opener(): that would follow redirects with the key attached, open file: and
-        # ftp: URLs, and read the environment's proxies past the settings.
-        self.opener = urllib.request.OpenerDirector()
-        self.opener.addheaders = []
-        self.opener.add_handler(self.connections)
+        connect_timeout = options.connect_timeout or settings.connect_timeout
+        self.connections = ConnectionPool(connect_timeout, settings.ca_file, options.proxy)
         http_proxy = options.proxy if options.proxy.startswith("http:") else ""
         self.new_request = functools.lru_cache(maxsize=64)(
             lambda path: UpstreamRequest(base + path, http_proxy)
@@ -3030,21 +2984,19 @@ class Transport:
             first_byte or self.first_byte_timeout,
             first_byte or self.idle_timeout,
         )
-        scope.set_deadline(timeouts.first, timeouts.first_byte_message)
         request = self.new_request(path).copy(
             {**self.headers, **headers} if headers else self.headers,
             method=method,
             body=data,
             scope=scope,
+            timeouts=timeouts,
             retry_reason=retry_reason,
         )
         try:
-            response: UpstreamResponse = self.opener.open(request, timeout=self.connect_timeout)
+            return self.connections.open(request)
         except NETWORK_ERRORS as error:
             reason = connect_problem(error, self.host, self.proxy_host)
             raise upstream_error(error, scope, self.upstream_name, reason) from error
-        response.timeouts, response.first_byte_deadline = timeouts, scope.deadline
-        return response
 
     def fetch(self, method: str, path: str, scope: CancelScope, **options: Any) -> UpstreamResponse:
         """Send a request and wait for the head of its response; as start_request()."""
@@ -3100,19 +3052,16 @@ def is_exhausted(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in EXHAUSTED
 
 
-class ExhaustionLog:
-    """Logs that this machine lacks resources, at most once in 10 seconds. Any thread."""
-
-    logged_at = -math.inf  # by time.monotonic()
-
-    def __call__(self, message: str, error: Exception) -> None:
-        now = time.monotonic()
-        if now >= self.logged_at + 10.0:
-            self.logged_at = now
-            log.error("%s: %s", message, error)
+exhaustion_logged_at = -math.inf  # by time.monotonic()
 
 
-log_exhaustion = ExhaustionLog()
+def log_exhaustion(message: str, error: Exception) -> None:
+    """Log that this machine lacks resources, at most once in 10 seconds. Any thread."""
+    global exhaustion_logged_at
+    now = time.monotonic()
+    if now >= exhaustion_logged_at + 10.0:
+        exhaustion_logged_at = now
+        log.error("%s: %s", message, error)
 
 
 def upstream_error(
@@ -3129,10 +3078,16 @@ def upstream_error(
     """
     scope.raise_if_cancelled()
     if is_exhausted(error):
-        return exhausted_error(error)
+        log_exhaustion(
+            "this server has no descriptors or memory left for connections to upstreams", error
+        )
+        message = "This server is out of resources for more requests."
+        return APIError(503, message, code="overloaded", retry_after=1, category=Category.LOCAL)
     if not isinstance(error, NETWORK_ERRORS):
         return unexpected_error(error, upstream_name)
-    reason = reason or tls_problem(error)
+    tls_reason = "" if is_cut(error) else str(getattr(error, "reason", ""))
+    if tls_reason and not reason:
+        reason = f"TLS failed ({tls_reason.lower().replace('_', ' ')})"
     if reason:
         message = f"{upstream_name} could not be reached: {reason}."
         log.warning("%s", message)
@@ -3160,21 +3115,6 @@ def is_cut(error: Exception) -> bool:
     reason = getattr(error, "reason", "")  # Python 3.9 has no class for it
     is_eof = isinstance(error, RaggedEnd) or reason == "UNEXPECTED_EOF_WHILE_READING"
     return is_eof or isinstance(error, ConnectionError)
-
-
-def tls_problem(error: Exception) -> str:
-    """Reason why TLS failed; "" if something else did."""
-    reason = "" if is_cut(error) else str(getattr(error, "reason", ""))
-    return f"TLS failed ({reason.lower().replace('_', ' ')})" if reason else ""
-
-
-def exhausted_error(error: Exception) -> APIError:
-    """503: this machine has no descriptors or memory left; logged now and then."""
-    log_exhaustion(
-        "this server has no descriptors or memory left for connections to upstreams", error
-    )
-    message = "This server is out of resources for more requests."
-    return APIError(503, message, code="overloaded", retry_after=1, category=Category.LOCAL)
 
 
 def unexpected_error(error: Exception, upstream_name: str) -> APIError:
@@ -11309,7 +11249,7 @@ class StreamRelay:
 
     def start(self) -> None:
         """Take over from the worker that has sent the request to the upstream."""
-        self.recv_flags = self.stream.response.make_nonblocking()
+        self.upstream.setblocking(False)
         if self.connection.state is CLOSED:
             self.on_client_disconnect()
             return
@@ -11339,7 +11279,7 @@ class StreamRelay:
         """Read once from the readable upstream, and write once to the client."""
         stream = self.stream
         try:
-            data = self.upstream.recv(RECV_SIZE, self.recv_flags)
+            data = self.upstream.recv(RECV_SIZE)
             if self.fast_path:
                 # Nearly every read of a live stream is one chunk that holds one token. To relay it
                 # without events saves a quarter of its CPU time.

@@ -3832,7 +3832,7 @@ def test_a_lone_controller_rests_only_where_it_was_told_to_and_shows_that(a, poo
 
 @pytest.mark.parametrize("number", ["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"])
 def test_our_own_lack_of_resources_is_not_the_upstreams_failure(number, caplog):
-    akashproxy.log_exhaustion.logged_at = -math.inf
+    akashproxy.exhaustion_logged_at = -math.inf
     errors = [akashproxy.upstream_error(OSError(getattr(errno, number), "x"), akashproxy.CancelScope(), "b") for _ in range(50)]
     assert {(error.status, error.category, error.headers()["Retry-After"]) for error in errors} == {(503, Category.LOCAL, "1")}
     assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
@@ -6773,8 +6773,10 @@ def test_the_next_address_of_a_name_is_tried(fake, monkeypatch):
         nobody = closed.getsockname()
     look_up = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: look_up(*nobody, 0, socket.SOCK_STREAM) + look_up("127.0.0.1", fake.port, 0, socket.SOCK_STREAM))
-    with akashproxy.connect_within(akashproxy.CancelScope(), ("two.example", fake.port), 5) as sock:
-        assert sock.getpeername() == ("127.0.0.1", fake.port) and 0 < sock.gettimeout() <= 5
+    scope = akashproxy.CancelScope()
+    with akashproxy.connect_within(scope, ("two.example", fake.port), 5) as sock:
+        assert sock.getpeername() == ("127.0.0.1", fake.port) and 0 < scope.deadline - time.monotonic() <= 5
+    scope.detach()
 
 
 class TLSOpenAI(FakeOpenAI):
@@ -10904,7 +10906,7 @@ texts = functools.partial(feeding, as_fed=lambda text: [Text(text)])
 
 def received(items):
     """An upstream's head."""
-    request = types.SimpleNamespace(scope=akashproxy.CancelScope(), method="POST")
+    request = types.SimpleNamespace(scope=akashproxy.CancelScope(), method="POST", timeouts=None)
     response = akashproxy.UpstreamResponse(None, request, False, None)
     for item in items:
         if not response.status:
