@@ -5453,43 +5453,30 @@ class AkashLogin:
         except APIError as error:
             log.info("%s: login not renewed: %s", self.name, error.message)
             return
-        states = {200: "active", 204: "ended", 401: "ended"}
-        if response.status not in states or is_challenge_page(response):
+        state = {200: "active", 204: "ended", 401: "ended"}.get(response.status)
+        if state is None or is_challenge_page(response):
             log.info("%s: login not renewed (status %d)", self.name, response.status)
             return
-        before, self.state = self.state, states[response.status]
-        self.renew_at = self.clock() + self.INTERVAL
-        if self.state == "active":
-            self._keep(response.headers.get("set-cookie", ""))
-        elif before != "ended":
+        if state == "ended" != self.state:
             log.warning("%s: %s", self.name, self.ENDED)
-
-    def _keep(self, set_cookie: str) -> None:
-        """Put the login's new cookies in the place of its old ones."""
-        matches = map(self.COOKIE.match, set_cookie.split("\n"))
+        self.state, self.renew_at = state, self.clock() + self.INTERVAL
+        matches = map(self.COOKIE.match, response.headers.get("set-cookie", "").split("\n"))
         renewed = [match[0] for match in matches if match]
-        if renewed:
+        if state == "active" and renewed:
             pairs = (pair.strip() for pair in self.cookie.split(";"))
             others = [pair for pair in pairs if pair and not self.COOKIE.match(pair)]
             self.set_cookie("; ".join([*others, *renewed]))
 
 
+# fmt: off
 # Parameters that Akash Chat can't honour, each with the values that are harmless.
 AKASH_UNSUPPORTED: Dict[str, List[Any]] = {
-    "tools": [[]],
-    "functions": [[]],
-    "tool_choice": ["none", "auto"],
-    "function_call": ["none", "auto"],
-    "n": [1],
-    "best_of": [1],
-    "logprobs": [False, 0],
-    "top_logprobs": [0],
-    "audio": [],
-    "modalities": [["text"]],
+    "tools": [[]], "functions": [[]],
+    "tool_choice": ["none", "auto"], "function_call": ["none", "auto"],
+    "n": [1], "best_of": [1], "logprobs": [False, 0], "top_logprobs": [0],
+    "audio": [], "modalities": [["text"]], "suffix": [""],
     "response_format": [{"type": "text"}, {"type": "json_object"}],
-    "suffix": [""],
 }
-# fmt: off
 AKASH_SUPPORTED = {
     "model", "messages", "stream", "stream_options", "temperature", "top_p", "topP",
     "stop", "max_tokens", "max_completion_tokens",
@@ -5508,20 +5495,19 @@ def akash_request(model: str, chat: Dict[str, Any]) -> Tuple[Dict[str, Any], Lis
     APIError 400 if the chat needs anything that Akash Chat does not support.
     """
     body = {name: value for name, value in chat.items() if value is not None}
-    unsupported = [name for name in body if name not in AKASH_SUPPORTED]
-    for name in unsupported:
-        if name in AKASH_UNSUPPORTED and body[name] not in AKASH_UNSUPPORTED[name]:
-            raise bad_request(
-                f"Akash Chat does not support {name!r}"
-                f"{' above 1' if name in ('n', 'best_of') else ''}.",
-                name,
-                "unsupported_parameter",
-            )
+    for name, value in body.items():
+        if value not in AKASH_UNSUPPORTED.get(name, [value]):
+            above = " above 1" if name in ("n", "best_of") else ""
+            message = f"Akash Chat does not support {name!r}{above}."
+            raise bad_request(message, name, "unsupported_parameter")
+    known = AKASH_SUPPORTED | AKASH_UNSUPPORTED.keys()
+    ignored = [name for name in body if name not in known]
+    # Clients that ask for a JSON object also say so in a message: the model does its best.
+    if body.get("response_format") == {"type": "json_object"}:
+        ignored.append("response_format")
     system: List[str] = []
     messages: List[Dict[str, Any]] = []
     files: List[Dict[str, str]] = []
-    # Clients that ask for a JSON object also say so in a message: the model does its best.
-    json_mode = ["response_format"] * (body.get("response_format") == {"type": "json_object"})
     for index, message in enumerate(as_list(body.get("messages"))):
         if message.get("role") in ("system", "developer"):
             system.append(_content(message, f"messages[{index}]", files)[0])
@@ -5541,7 +5527,7 @@ def akash_request(model: str, chat: Dict[str, Any]) -> Tuple[Dict[str, Any], Lis
         "temperature": number_field(body, "temperature", 0.85) or 1e-6,
         "topP": number_field(body, "topP" if "topP" in body else "top_p", 1.0) or 1e-6,
         "context": files,
-    }, [*(name for name in unsupported if name not in AKASH_UNSUPPORTED), *json_mode]
+    }, ignored
 
 
 def refused(param: str, words: str) -> APIError:
@@ -5994,15 +5980,15 @@ def parse_image_job(body: bytes) -> Optional[Tuple[str, str]]:
     return match[1], prompt.replace("\\'", "'")
 
 
+@dataclass(eq=False)
 class ImageBatch:
     """The image jobs of one request."""
 
-    def __init__(self, key: Tuple[str, str, str]) -> None:
-        self.key = key  # of the request: its client, path and body
-        self.jobs: List[Tuple[str, str]] = []  # (job ID, prompt)
-        self.lock = threading.Lock()  # held while a job is being started
-        self.cancellation: Optional[Cancellation] = None  # of the request, until it has ended
-        self.expires_at = math.inf
+    key: Tuple[str, str, str]  # of the request: its client, path and body
+    cancellation: Optional[Cancellation] = None  # of the request, until it has ended
+    expires_at: float = math.inf
+    jobs: List[Tuple[str, str]] = field(default_factory=list)  # (job ID, prompt)
+    lock: Any = field(default_factory=threading.Lock)  # held while a job is being started
 
 
 class AkashImages:
@@ -6017,7 +6003,7 @@ class AkashImages:
 
     def __init__(self, akash: "AkashController", clock: Callable[[], float]) -> None:
         self.akash, self.clock, self.lock = akash, clock, threading.RLock()
-        self.batches: OrderedDict[ImageBatch, None] = OrderedDict()
+        self.batches: Deque[ImageBatch] = deque(maxlen=self.MAX_BATCHES)
 
     def find(self, call: Call) -> ImageBatch:
         """Return the batch that the call repeats, or a new one."""
@@ -6036,10 +6022,8 @@ class AkashImages:
             batch = self.find(call)
             batch.cancellation = call.cancellation
             batch.expires_at = self.clock() + self.KEPT_SECONDS
-            self.batches[batch] = None
-            self.batches.move_to_end(batch)
-            if len(self.batches) > self.MAX_BATCHES:
-                self.batches.popitem(last=False)
+            if batch not in self.batches:
+                self.batches.append(batch)
         return batch
 
     def events(self, call: Call, data: bytes) -> Iterator[Event]:
@@ -6055,8 +6039,8 @@ class AkashImages:
             raise
         finally:
             with self.lock:
-                if not may_be_repeated:
-                    self.batches.pop(batch, None)
+                if batch in self.batches and not may_be_repeated:
+                    self.batches.remove(batch)
                 elif batch.cancellation is call.cancellation:  # no repeat has joined it yet
                     batch.cancellation = None  # whose reason would keep the request in memory
 
@@ -6334,12 +6318,8 @@ class AkashController(Controller):
         if response.status == 200 and not is_challenge_page(response):
             filters = [stop_filter] if stop_filter.needed else []
             return akash_decoder(call.model, self.secrets(cookie), *filters)
-
-        return BufferedBody(
-            lambda body: self._fail(response, body, call.model, cookie),
-            MAX_SHORT_BODY,
-            is_error_body=True,
-        )
+        fail = functools.partial(self._fail, response, call.model, cookie)
+        return BufferedBody(fail, MAX_SHORT_BODY, is_error_body=True)
 
     def with_session(
         self, method: str, path: str, scope: CancelScope, model: str = "", **options: Any
@@ -6355,7 +6335,7 @@ class AkashController(Controller):
             response.read_head()
             body = response.read(limit=MAX_SHORT_BODY)
             if response.status != 200 or is_challenge_page(response):
-                self._fail(response, body, model, cookie)
+                self._fail(response, model, cookie, body)
             return response, body
 
         return retrying(send)
@@ -6390,7 +6370,7 @@ class AkashController(Controller):
         wait = retry_after_seconds(response.headers, answer)
         raise no_session(message, response.status, wait)
 
-    def _fail(self, response: UpstreamResponse, body: bytes, model: str, cookie: str) -> NoReturn:
+    def _fail(self, response: UpstreamResponse, model: str, cookie: str, body: bytes) -> NoReturn:
         """Raise the error for an unsuccessful response.
 
         A rejected session is invalidated; its category is RETRY, unless this is the retry.
@@ -6406,9 +6386,11 @@ class AkashController(Controller):
             raise no_session("Akash Chat rejected a new session.", status)  # its store is down
         if status == 400 and not fields and body:
             message = "Bad request: " + body[:4000].decode("utf-8", "replace")
-        message, secrets = message[:4000], self.secrets(cookie)
+        text, secrets = message[:4000], self.secrets(cookie)
+        reason = first_line(text, secrets)
+        wait = retry_after_seconds(response.headers, fields, message=text, limit=status == 429)
         is_large = len(request.body or b"") > self.MAX_BODY_BYTES
-        if status == 413 or status == 500 and not message and is_large:
+        if status == 413 or status == 500 and not text and is_large:
             message = "The request is too large for Akash Chat (limit: 10 MB)."
             error = APIError(413, message, category=Category.REFUSED, retry=False)
         elif is_challenge_page(response):
@@ -6417,54 +6399,34 @@ class AkashController(Controller):
             is_outage = fields.get("available_models") == []  # b58259a
             error = no_models() if is_outage else akash_model_not_found(model)
         elif fields.get("error") == "Error generating image":  # b58259a
-            error = image_failed(f"Image generation failed: {first_line(message, secrets)}")
+            error = image_failed(f"Image generation failed: {reason}")
+        elif status == 429:
+            message = f"Akash Chat: {reason or 'too many requests.'}"
+            error = APIError(429, message, retry_after=wait)
+        elif status in (401, 403):
+            error = auth_error(f"Akash Chat denied access ({reason or status}).", status)
         else:
-            error = self._status_error(response, fields, message, model, secrets)
+            message = f"Akash Chat failed without giving a reason (status {status})."
+            unknown = APIError(502 if status <= 500 else 503, message)
+            error = akash_error(text, model, secrets) if text else unknown
+            if error.status == 400 != status:
+                error = APIError(502, error.message)
+            if wait and error.category is Category.SERVER:
+                error.category, error.retry_after = Category.RATE_LIMIT, wait
         error.upstream_status = status
         raise error
 
-    @staticmethod
-    def _status_error(
-        response: UpstreamResponse,
-        fields: Dict[str, Any],
-        message: str,
-        model: str,
-        secrets: List[str],
-    ) -> APIError:
-        """Return the error for a status; ``fields`` is the JSON body."""
-        status, is_limit = response.status, response.status == 429
-        wait = retry_after_seconds(response.headers, fields, message=message, limit=is_limit)
-        reason = first_line(message, secrets)
-        if is_limit:
-            message = f"Akash Chat: {reason or 'too many requests.'}"
-            return APIError(429, message, retry_after=wait)
-        if status in (401, 403):
-            return auth_error(f"Akash Chat denied access ({reason or status}).", status)
-        unknown = f"Akash Chat failed without giving a reason (status {status})."
-        error = APIError(502 if status <= 500 else 503, unknown)
-        if message:
-            error = akash_error(message, model, secrets)
-        if error.status == 400 != status:
-            error = APIError(502, error.message)
-        if wait and error.category is Category.SERVER:
-            error.category, error.retry_after = Category.RATE_LIMIT, wait
-        return error
-
     def _fetch_models(self) -> Tuple[List[Dict[str, Any]], float]:
-        _, body = self.with_session(
-            "GET", "/api/models/", CancelScope(), first_byte=self.settings.session_timeout
-        )
+        seconds = self.settings.session_timeout
+        _, body = self.with_session("GET", "/api/models/", CancelScope(), first_byte=seconds)
         entries = akash_models(json_or_none(body))
         if not entries:
             raise no_models()
-        common = {
-            "object": "model",
-            "created": 1626777600,
-            "owned_by": "Akash Network",
-            "permission": None,
-        }
+        common = {"object": "model", "created": 1626777600, "owned_by": "Akash Network"}
         models = [
-            with_context_length({"id": name, **common, "root": name, "parent": None}, entry)
+            with_context_length(
+                {"id": name, **common, "permission": None, "root": name, "parent": None}, entry
+            )
             for name, entry in entries.items()
         ]
         lengths = {model["id"]: model.get(CONTEXT_FIELDS[0], AKASH_CONTEXT) for model in models}
