@@ -2543,8 +2543,9 @@ class ConnectionPool:
     def _connect(self, request: UpstreamRequest) -> Any:
         connection = http.client.HTTPConnection(request.host, timeout=self.connect_timeout)
         if request.scheme == "https":
+            context = TLS_CONTEXTS.get(self.ca_file) or read_tls_context(self.ca_file)
             connection = http.client.HTTPSConnection(
-                request.host, timeout=self.connect_timeout, context=tls_context(self.ca_file)
+                request.host, timeout=self.connect_timeout, context=context
             )
         if request.tunnel_host:
             connection.set_tunnel(request.tunnel_host, headers=request.tunnel_headers)
@@ -2717,12 +2718,7 @@ def peer_has_closed(sock: socket.socket) -> bool:
     return peeked == b""
 
 
-TLS_CONTEXTS: Dict[str, Any] = {}  # by CA_FILE
-
-
-def tls_context(ca_file: str) -> Any:
-    """Return the TLS context with a file's certificates as they were last read."""
-    return TLS_CONTEXTS.get(ca_file) or read_tls_context(ca_file)
+TLS_CONTEXTS: Dict[str, Any] = {}  # by CA_FILE, as it was last read
 
 
 def read_tls_context(ca_file: str) -> Any:
@@ -6961,29 +6957,27 @@ class StreamEnd(NamedTuple):
 
     pattern: Pattern[bytes]
     hints: Tuple[bytes, ...]  # one is in every match, and rfind() is faster than the pattern
-    mid_stream: Tuple[bytes, ...] = ()  # ends of typical events that need no search for a match
+    mid_stream: Tuple[bytes, ...] = ()  # ends of typical events, none of which is a match
 
-    def matches(self, data: bytes, start: int = 0) -> Iterable["re.Match[bytes]"]:
-        """Return the matches in data from an index on, which is the start of a line."""
+    def matches(self, data: bytes) -> Iterable["re.Match[bytes]"]:
+        """Return the matches in data, which begins with a line."""
         # Mostly there is none, which find() notices in three times as long as rfind().
-        hints = [hint for hint in self.hints if data.rfind(hint, start) >= 0]
-        found = [self._match_start(data, hint, start) for hint in hints]
+        hints = [hint for hint in self.hints if data.rfind(hint) >= 0]
+        found = [self._match_start(data, hint) for hint in hints]
         return self.pattern.finditer(data, min(found)) if found else ()
 
-    def _match_start(self, data: bytes, hint: bytes, start: int) -> int:
+    def _match_start(self, data: bytes, hint: bytes) -> int:
         """Return where the first match with a hint may begin: a name, or its line."""
-        at = data.find(hint, start)
+        at = data.find(hint)
         return at if hint.startswith(b'"') else max(0, data.rfind(b"\n", 0, at))
 
-    def mid_stream_length(self, data: bytes) -> int:
-        """Return the length of typical events at the start of data; 0 if not all are."""
+    def is_mid_stream(self, data: bytes) -> bool:
+        """Return whether data consists of typical events only."""
         for end in self.mid_stream:
-            length = data.rfind(end) + len(end)
-            if length >= len(end):  # each line break must belong to such an end
-                events = data[:length]
-                breaks = length - len(events.replace(b"\n", b""))  # in half the time of count()
-                return length if breaks == 2 * events.count(end) else 0
-        return 0
+            if data.endswith(end):  # each line break must belong to such an end
+                breaks = len(data) - len(data.replace(b"\n", b""))  # in half the time of count()
+                return breaks == 2 * data.count(end)
+        return False
 
 
 DONE = rb"(?:^|[\r\n])data: *\[DONE\] *(\r\n?|\n|$)"
@@ -7072,7 +7066,7 @@ class PassthroughDecoder(Decoder):
         self.opening = bytearray()  # what precedes the first content
         self.first_usage: Dict[str, Any] = {}  # that of the opening; Anthropic's counts the prompt
         self.last_parts: Deque[bytes] = deque(maxlen=self.LAST_PARTS)  # except mid-stream ones
-        self.tail = b"\n\n"  # of what has been passed on, except mid-stream parts
+        self.tail = b"\n\n"  # of what feed() has passed on
 
     def feed(self, data: bytes) -> List[Event]:
         if self.buffer or not data.endswith(b"\n"):
@@ -7080,24 +7074,25 @@ class PassthroughDecoder(Decoder):
         if not self.started:
             data = self._without_opening(data)
             self.first_usage = last_usage(data[:MAX_USAGE])
-        typical = self.end.mid_stream_length(data) if self.mid_stream else 0
-        # Some errors have only the name of their event. rfind() takes half the time of ``in``.
-        if data.rfind(b'"error') >= 0 or data.rfind(b"event: error", typical) >= 0:
-            data, typical = redact_bytes(data, self.secrets), 0
+        has_error = data.rfind(b'"error') >= 0  # in half the time of ``in``
+        if self.mid_stream and not has_error and self.end.is_mid_stream(data):
+            self.tail = data[-2:]
+            return [RawBytes(data)]
+        if has_error or data.rfind(b"event: error") >= 0:  # some have only the event's name
+            data = redact_bytes(data, self.secrets)
         if len(self.buffer) + len(self.opening) > self.MAX_HELD:
             self.error = truncated(self.upstream_name, "sent a line that is too long, or no answer")
         if not data:
             return []
-        if typical < len(data):
-            data = self._find_end(self.rename(data), typical)
-        self._note(data, typical)
+        data = self._find_end(self.rename(data))
+        self._note(data)
         return [RawBytes(data, self._usage() if self.complete else None)]
 
-    def _note(self, data: bytes, typical: int = 0) -> None:
+    def _note(self, data: bytes) -> None:
         """Remember what is needed of a part that is passed on."""
         self.tail = (self.tail + data[-3:])[-3:]
-        if data.rfind(b'"usage"', typical) >= 0:
-            self.last_parts.append(data[typical:])
+        if data.rfind(b'"usage"') >= 0:
+            self.last_parts.append(data)
 
     def _usage(self) -> Optional[Dict[str, Any]]:
         """Return the usage of the answer so far."""
@@ -7111,15 +7106,15 @@ class PassthroughDecoder(Decoder):
             and not self.buffer
             and data.endswith(self.mid_stream)
             and data.rfind(b'"error') < 0
-            and (data.find(b"\n") == len(data) - 2 or self.end.mid_stream_length(data) == len(data))
+            and (data.find(b"\n") == len(data) - 2 or self.end.is_mid_stream(data))
         ):
             return data
         return b""
 
-    def _find_end(self, data: bytes, typical: int = 0) -> bytes:
+    def _find_end(self, data: bytes) -> bytes:
         """Return the data up to the stream's last event, if it contains that."""
-        start = typical
-        for match in self.end.matches(data, typical):
+        start = 0
+        for match in self.end.matches(data):
             if not self._is_own(match, start):
                 start = match.end()
                 continue
