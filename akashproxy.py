@@ -3472,6 +3472,61 @@ class EventStream:
         self.response.close()
 
 
+# Names of token counts in chat completions, by those of Anthropic, Responses and others.
+COUNT_NAMES = {
+    alias: name
+    for name, aliases in {
+        "prompt_tokens": "input_tokens promptTokens inputTokens",
+        "completion_tokens": "output_tokens completionTokens outputTokens",
+        "total_tokens": "",
+        "cached_tokens": "prompt_cache_hit_tokens cache_read_input_tokens",
+        "cache_write_tokens": "cache_creation_tokens cache_creation_input_tokens",
+        "reasoning_tokens": "thinking_tokens",
+    }.items()
+    for alias in (name, *aliases.split())
+}
+
+
+def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
+    """Return a usage under the names of chat completions; None without both counts."""
+    fields = as_dict(value)
+    counts = token_counts(fields)
+    prompt, completion = counts.get("prompt_tokens"), counts.get("completion_tokens")
+    if prompt is None or completion is None:
+        return None
+    if fields.get("prompt_tokens") is None:  # Anthropic counts cached tokens apart
+        for name in ("cache_read_input_tokens", "cache_creation_input_tokens"):
+            prompt += count_or_none(fields.get(name)) or 0
+    total = counts.get("total_tokens") or prompt + completion
+    reasoning = counts.get("reasoning_tokens")
+    if reasoning and total == prompt + completion + reasoning:
+        completion += reasoning  # xAI and others count reasoning apart
+    usage: Dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": completion}
+    usage["total_tokens"] = total
+    for name in ("cached_tokens", "cache_write_tokens", "reasoning_tokens"):
+        kind = "completion" if name == "reasoning_tokens" else "prompt"
+        if counts.get(name):
+            details = usage.setdefault(f"{kind}_tokens_details", {})
+            details[name] = min(counts[name], usage[f"{kind}_tokens"] - sum(details.values()))
+    return {**usage, "estimated": True} if is_estimated(fields) else usage
+
+
+def token_counts(fields: Dict[str, Any]) -> Dict[str, int]:
+    """Return the counts of a usage, by their names in chat completions.
+
+    Of several names or places of a count, the first above 0 rules; but the name in chat completions
+    before any other, and the usage itself before its details.
+    """
+    counts: Dict[str, int] = {}
+    details = [fields[name] for name in fields if name.endswith("_tokens_details")]
+    for source in map(as_dict, [*details, fields]):
+        for alias in filter(COUNT_NAMES.__contains__, source):
+            name, count = COUNT_NAMES[alias], count_or_none(source[alias])
+            if count is not None and (not counts.get(name) or count and alias == name):
+                counts[name] = count
+    return counts
+
+
 # == 8. filters ===============================================================================
 # Steps between decoder and events: split characters, think tags, stop sequences. And estimates of
 # tokens.
@@ -5886,7 +5941,7 @@ class AkashDecoder(Decoder):
         usage = metadata.get("totalUsage") or metadata.get("usage") or event.get("usage")
         if reason in self.FINISH_REASONS:
             self.complete = True
-            out.append(Finish(reason.replace("-", "_"), _akash_usage(usage)))
+            out.append(Finish(reason.replace("-", "_"), chat_usage(usage)))
         elif reason == "error":
             self._fail("Akash Chat failed in the middle of its answer.")
         else:
@@ -5934,23 +5989,6 @@ CHALLENGE_PAGE = (
     "A proxy in front of Akash Chat answered with a web page: set AKASH_COOKIE and USER_AGENT as"
     " in a browser that gets past it, or set PROXY."
 )
-
-
-def _akash_usage(usage: Any) -> Optional[Dict[str, int]]:
-    """Convert the AI SDK's usage to OpenAI's; None unless both counts are given.
-
-    Both are null if the backend reports no usage, which akash-chat does not request.
-    """
-    usage = as_dict(usage)
-    prompt = count_or_none(usage.get("promptTokens", usage.get("inputTokens")))
-    completion = count_or_none(usage.get("completionTokens", usage.get("outputTokens")))
-    if prompt is None or completion is None:
-        return None
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-    }
 
 
 # AkashGen's answer. akash-chat (f0a4ae0, b58259a) builds the line by string concatenation and
@@ -6851,70 +6889,6 @@ def find_usage(body: Dict[str, Any]) -> Any:
         choice = as_dict(next(iter(as_list(body.get("choices"))), None))
         usage = as_dict(body.get("x_groq")).get("usage") or choice.get("usage")
     return usage
-
-
-# Names of token counts in chat completions, by those of Anthropic, Responses and others.
-COUNT_NAMES = {
-    alias: name
-    for name, aliases in {
-        "prompt_tokens": "input_tokens",
-        "completion_tokens": "output_tokens",
-        "total_tokens": "",
-        "cached_tokens": "prompt_cache_hit_tokens cache_read_input_tokens",
-        "cache_write_tokens": "cache_creation_tokens cache_creation_input_tokens",
-        "reasoning_tokens": "thinking_tokens",
-    }.items()
-    for alias in (name, *aliases.split())
-}
-COUNT_DETAILS = tuple(
-    f"{kind}_tokens_details" for kind in ("prompt", "input", "completion", "output")
-)
-
-
-def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
-    """Return a usage under the names of chat completions; None without both counts."""
-    fields = as_dict(value)
-    counts = token_counts(fields)
-    prompt, completion = counts.get("prompt_tokens"), counts.get("completion_tokens")
-    if prompt is None or completion is None:
-        return None
-    if fields.get("prompt_tokens") is None:  # Anthropic counts cached tokens apart
-        for name in ("cache_read_input_tokens", "cache_creation_input_tokens"):
-            prompt += count_or_none(fields.get(name)) or 0
-    total = counts.get("total_tokens") or prompt + completion
-    reasoning = counts.get("reasoning_tokens")
-    if reasoning and total == prompt + completion + reasoning:
-        completion += reasoning  # xAI and others count reasoning apart
-    usage: Dict[str, Any] = {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": total,
-    }
-    for kind, name in (
-        ("prompt", "cached_tokens"),
-        ("prompt", "cache_write_tokens"),
-        ("completion", "reasoning_tokens"),
-    ):
-        if counts.get(name):
-            details = usage.setdefault(f"{kind}_tokens_details", {})
-            details[name] = min(counts[name], usage[f"{kind}_tokens"] - sum(details.values()))
-    return {**usage, "estimated": True} if is_estimated(fields) else usage
-
-
-def token_counts(fields: Dict[str, Any]) -> Dict[str, int]:
-    """Return the counts of a usage, by their names in chat completions.
-
-    Of several names or places of a count, the first above 0 rules; but the name in chat completions
-    before any other, and the usage itself before its details.
-    """
-    counts: Dict[str, int] = {}
-    details = [as_dict(fields[name]) for name in COUNT_DETAILS if name in fields]
-    for source in (*details, fields):
-        for alias in filter(COUNT_NAMES.__contains__, source):
-            name, count = COUNT_NAMES[alias], count_or_none(source[alias])
-            if count is not None and (not counts.get(name) or count and alias == name):
-                counts[name] = count
-    return counts
 
 
 _JSON = json.JSONDecoder()
