@@ -2392,10 +2392,7 @@ T = TypeVar("T")
 
 
 class UpstreamRequest:
-    """A request to an upstream, through an HTTP proxy if there is one.
-
-    Transport parses each URL once and sends copies.
-    """
+    """A request to an upstream or to an HTTP proxy before it; Transport sends copies."""
 
     method: str
     body: Union[bytes, bytearray, None]
@@ -2442,10 +2439,7 @@ class UpstreamRequest:
 
 @functools.lru_cache(maxsize=64)
 def request_head(line: str, *fields: Tuple[str, str]) -> bytes:
-    """Serialize a request's head without Content-Length and the final blank line.
-
-    ProtocolError for a CR, LF or NUL within a line. Cached: an upstream's heads repeat.
-    """
+    """Serialize a head without Content-Length; ProtocolError for a line break in it."""
     lines = [line, *[f"{name}: {value}" for name, value in fields]]
     if re.search("[\r\n\0]", "".join(lines)):
         raise ProtocolError("a header contains a line break")
@@ -2591,10 +2585,8 @@ class ConnectError(OSError):
 
 
 def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
-    """Reason why an upstream, or the proxy before it, can't be used; "" if unknown.
-
-    It names the host, but not the port: clients need not know the inner network.
-    """
+    """Reason why an upstream, or the proxy before it, can't be used; "" if unknown."""
+    # No ports: clients need not know the inner network.
     where = f"the proxy {proxy}" if proxy else upstream
     if isinstance(error, ConnectError):
         return str(error)
@@ -2667,10 +2659,7 @@ def socks_address(host: str, port: int, remote_names: bool) -> bytes:
 
 
 def is_persistent(http_minor: str, headers: Dict[str, str]) -> bool:
-    """Return whether the connection stays open after a message (RFC 9112, 9.3).
-
-    ``http_minor`` is the digit after "HTTP/1.".
-    """
+    """Return whether a connection outlasts a message of HTTP/1.x (RFC 9112, 9.3)."""
     if "connection" not in headers:
         return http_minor == "1"
     options = [option.strip().lower() for option in headers.get("connection", "").split(",")]
@@ -2678,12 +2667,10 @@ def is_persistent(http_minor: str, headers: Dict[str, str]) -> bool:
 
 
 def keepalive_seconds(headers: Dict[str, str]) -> float:
-    """Seconds for which an idle connection may be reused.
-
-    One second less than the server's Keep-Alive announces, or a request could cross its close.
-    """
+    """Seconds for which an idle connection may be reused."""
     keep_alive = headers.get("keep-alive")
     match = re.search(r"timeout=([0-9]{1,4})", keep_alive) if keep_alive else None
+    # One second less than the server's, or a request could cross its close.
     return max(0.0, float(match[1]) - 1) if match else 30.0
 
 
@@ -2764,10 +2751,7 @@ class UpstreamResponse:
         self.head_buffer = bytearray()  # an incomplete head
 
     def receive(self, data: bytes) -> bytes:
-        """Return the payload within bytes read from the socket; b"" is its end.
-
-        ProtocolError or ConnectionError if the response is malformed or incomplete.
-        """
+        """Return the payload within bytes of the socket, b"" at its end. NETWORK_ERRORS."""
         if data:
             if not self.status:
                 data = self._head(data)
@@ -2902,10 +2886,7 @@ class UpstreamResponse:
         return bytes(data)
 
     def close(self) -> None:
-        """Return the connection to the pool after a complete response, else close it.
-
-        Closing makes the upstream stop generating.
-        """
+        """Return the connection to the pool; after an incomplete response close it."""
         sock, self.sock = self.sock, None
         if sock is None:
             return
@@ -3114,20 +3095,14 @@ def is_cut(error: Exception) -> bool:
 
 
 def unexpected_error(error: Exception, upstream_name: str) -> APIError:
-    """Wrap an exception that a decoder or controller raised, as a 502.
-
-    Upstream.log_exception logs its traceback.
-    """
+    """Wrap a decoder's or controller's bug as a 502; Upstream.log_exception logs it."""
     failure = truncated(upstream_name, "failed unexpectedly")
     failure.bug = error
     return failure
 
 
 def controller_error(error: Exception, name: str) -> APIError:
-    """Return the APIError for an exception of a controller; raises ClientDisconnected.
-
-    Without it a bug in one controller would end the request instead of failing over.
-    """
+    """Return the APIError for an exception of a controller; raises ClientDisconnected."""
     if isinstance(error, ClientDisconnected):
         raise error
     return error if isinstance(error, APIError) else unexpected_error(error, name)
@@ -3171,10 +3146,7 @@ class Step(Generic[Input]):
         return []
 
     def fast_path(self, data: bytes) -> bytes:
-        """Return what is sent for data that needs no parsing, else b"".
-
-        It is in the middle of a stream; text is returned as a JSON string.
-        """
+        """Return mid-stream data that needs no parsing, or its text as JSON; else b""."""
         return b""
 
     def is_passthrough(self, text: str) -> bool:
@@ -3268,11 +3240,8 @@ MAX_TOOL_CALLS = 10000  # in one answer
 
 
 def take_complete_lines(buffer: bytearray, data: bytes) -> bytes:
-    """Append data to a buffer of lines; remove and return the complete lines.
-
-    Only the new data is scanned, so that a long line costs linear time.
-    """
-    # A CR at the very end may be the first half of CR LF.
+    """Append data to a buffer of lines; remove and return the complete lines."""
+    # Only new data is scanned, as time must be linear. A final CR may be half of a CR LF.
     end = max(data.rfind(b"\n"), data.rfind(b"\r", 0, len(data) - 1)) + 1
     if not end:
         buffer += data
@@ -3357,19 +3326,17 @@ def too_many_calls(upstream_name: str) -> APIError:
 class EventStream:
     """Events of one response, pushed by the loop or iterated by a worker thread.
 
-    One thread at a time.
     ``make_decoder(response)`` is called when the head is complete; it returns the decoder of the
-    body or raises the APIError that the head stands for. receive() turns bytes into events.
-    ``error`` is the error that ends the answer, to be raised after these events. ``complete``: the
-    answer is complete; ``at_eof``: nothing more is to be read from the socket.
+    body or raises the APIError that the head stands for.
     """
 
     DRAIN_TIMEOUT = 1.0  # seconds for an upstream to end its message after a complete answer
     MAX_OPENING = 1024  # bytes of blanks before a body
     decoder: Any = None  # a Decoder, once the head is complete
     started = False  # the first content has arrived: now the idle timeout applies
-    complete = at_eof = False
-    error: Optional[Exception] = None
+    complete = False  # the answer is complete
+    at_eof = False  # nothing more is to be read from the socket
+    error: Optional[Exception] = None  # ends the answer, to be raised after the events returned
     byte_budget = math.inf  # payload bytes still allowed
 
     def __init__(
@@ -3424,21 +3391,14 @@ class EventStream:
         )
 
     def mark_complete(self) -> None:
-        """Ignore what follows the answer, but give the upstream time to end its message.
-
-        The connection can then be reused. An answer that a filter has ended is cut off instead.
-        """
+        """Let the upstream end its message, so that its connection can be reused."""
         self.started = self.complete = True
-        self.error, self.at_eof = None, self.decoder.stopped
-        self.response.timeouts = cached_timeouts(
-            self.response.timeouts.upstream_name, self.DRAIN_TIMEOUT, self.DRAIN_TIMEOUT
-        )
+        self.error, self.at_eof = None, self.decoder.stopped  # an answer that a filter ended is cut
+        name = self.response.timeouts.upstream_name
+        self.response.timeouts = cached_timeouts(name, self.DRAIN_TIMEOUT, self.DRAIN_TIMEOUT)
 
     def on_network_error(self, error: Exception) -> List[Event]:
-        """End the answer with an error of the network or the decoder.
-
-        Returns the events that were held back. After a complete answer errors are ignored.
-        """
+        """End an incomplete answer with an error; return the events held back."""
         self.at_eof = True
         if self.complete:
             return []
@@ -5464,9 +5424,8 @@ def session_cookie(set_cookie: str) -> Tuple[str, float]:
 class AkashLogin:
     """A controller's own cookie; a login in it is kept alive. Any thread.
 
-    Auth0's library lets a login end a day after it last renewed the cookie ``appSession`` (or
-    ``appSession.0``, ``appSession.1`` ...), which only GET /api/auth/me/ does. A request with a
-    login that has ended succeeds, but counts as anonymous.
+    Auth0's library ends a login a day after GET /api/auth/me/ last renewed its cookie or cookies
+    (appSession.0 ...). With a login that has ended, requests succeed, but count as anonymous.
     """
 
     PATH = "/api/auth/me/"
@@ -5541,10 +5500,7 @@ ESCAPED = "<|\u2060"
 
 
 def akash_request(model: str, chat: Dict[str, Any]) -> Tuple[Dict[str, Any], List[str]]:
-    """Build the body for POST /api/chat/; also return the parameters left out of it.
-
-    APIError 400 if the chat needs anything that Akash Chat does not support.
-    """
+    """Build the body of POST /api/chat/, and list what it leaves out. APIError 400."""
     body = {name: value for name, value in chat.items() if value is not None}
     for name, value in body.items():
         if value not in AKASH_UNSUPPORTED.get(name, [value]):
@@ -5716,10 +5672,7 @@ AKASH_ERRORS: List[Tuple[int, Optional[str], str]] = [
 
 
 def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
-    """Return the APIError for an error part of the stream, without internal addresses.
-
-    The message comes from the backend of Akash Chat, usually LiteLLM; limits apply to the model.
-    """
+    """Return the APIError for the message of Akash Chat's backend, usually LiteLLM."""
     text = text[:4000]
     named_status = litellm_status(text)
     status, code = next(
@@ -5958,10 +5911,8 @@ def akash_decoder(model: str, secrets: Iterable[str], *filters: Filter) -> Decod
 
 
 def is_challenge_page(response: UpstreamResponse) -> bool:
-    """Whether a proxy before the server wants a browser, as a CDN's challenge does.
-
-    Pages with 429 or a 5xx only say that the server is overloaded or down.
-    """
+    """Whether a proxy before the server wants a browser, as a CDN's challenge does."""
+    # Pages with 429 or a 5xx only say that the server is overloaded or down.
     is_page = response.headers.get("content-type", "").startswith("text/html")
     return "cf-mitigated" in response.headers or (
         is_page and response.status != 429 and response.status < 500
@@ -6247,10 +6198,7 @@ class AkashController(Controller):
         )
 
     def _check_context(self, call: Call, body: Dict[str, Any]) -> None:
-        """Note that Akash Chat will cut the conversation, or refuse it; APIError 400.
-
-        Compares an estimate of the prompt's tokens, as Akash Chat counts them.
-        """
+        """Note or, with APIError 400, refuse a conversation that Akash Chat would cut."""
         messages = [*body["messages"], *body["context"]]
         texts = [body["system"], *(message["content"] for message in messages)]
         tokens = tokens_of(sum(map(token_units, texts)))
@@ -6358,10 +6306,7 @@ class AkashController(Controller):
     def with_session(
         self, method: str, path: str, scope: CancelScope, model: str = "", **options: Any
     ) -> Tuple[UpstreamResponse, bytes]:
-        """Send a request with the cookie, once more if the session was rejected.
-
-        Returns the response and its body. APIError unless its status is 200.
-        """
+        """Send a request in a session; return the response, of status 200, and its body."""
 
         def send(retry_reason: str) -> Tuple[UpstreamResponse, bytes]:
             cookie = self.session.get(scope)
@@ -6405,10 +6350,7 @@ class AkashController(Controller):
         raise no_session(message, response.status, wait)
 
     def _fail(self, response: UpstreamResponse, model: str, cookie: str, body: bytes) -> NoReturn:
-        """Raise the error for an unsuccessful response.
-
-        A rejected session is invalidated; its category is RETRY, unless this is the retry.
-        """
+        """Raise the error for an unsuccessful response; invalidate a rejected session."""
         request = response.request
         status, fields = response.status, as_dict(json_or_none(body))
         message = str(fields.get("message") or fields.get("error") or "")
@@ -6612,10 +6554,7 @@ class ChatDecoder(Decoder):
 
 
 class CallInProgress:
-    """A tool call of which fragments have arrived.
-
-    Detects the end of its arguments, a JSON object, in linear time.
-    """
+    """A tool call of which fragments have arrived; its arguments are a JSON object."""
 
     _MARKS = re.compile(r'\\.?|["{}\[\]]', re.S)
     EMPTY = ("", "{}", "null", '""')  # some servers begin with it
@@ -6635,11 +6574,9 @@ class CallInProgress:
         return self.opened and not self.depth and not self.in_string
 
     def feed(self, text: str) -> str:
-        """Add a fragment of the arguments; return what is new in it.
-
-        Some servers send with each fragment all of them so far, or at the end all of them again;
-        others a JSON string with the object, or something behind it.
-        """
+        """Add a fragment of the arguments; return what is new in it."""
+        # Some servers send with each fragment all of them so far, or at the end all of them again;
+        # others a JSON string with the object, or something behind it.
         if not self.size and text.startswith('"{'):
             text = json_or_none(text.encode("utf-8", "replace")) or text
         elif not self.size:
@@ -6924,12 +6861,9 @@ def merge_counts(*usages: Dict[str, Any]) -> Dict[str, Any]:
 
 
 class StreamEnd(NamedTuple):
-    """The end of a path's streams: each complete one has a match of the pattern.
+    """The end of a path's streams: each complete one has a match of the pattern."""
 
-    Group 1 is the line break after the last event.
-    """
-
-    pattern: Pattern[bytes]
+    pattern: Pattern[bytes]  # group 1 is the line break after the last event
     hints: Tuple[bytes, ...]  # one is in every match, and rfind() is faster than the pattern
     mid_stream: Tuple[bytes, ...] = ()  # ends of typical events, none of which is a match
 
@@ -7015,9 +6949,8 @@ class PassthroughDecoder(Decoder):
 
     Only the opening and the end are parsed; secrets are redacted from errors. What precedes the
     first content is held back, since until then another controller may still answer. Only complete
-    lines are passed on, so that an error event can follow if the upstream breaks off. Every
-    complete stream has the ``end`` of its path; if there is none, the end of the HTTP message
-    suffices. ``model`` replaces the name of the answer's model.
+    lines are passed on, so that an error event can follow if the upstream breaks off. Without an
+    ``end`` that of the HTTP message suffices. ``model`` replaces the name of the answer's model.
     """
 
     MAX_HELD = 16 << 20  # bytes
@@ -7101,10 +7034,7 @@ class PassthroughDecoder(Decoder):
         return data
 
     def _is_own(self, match: "re.Match[bytes]", start: int) -> bool:
-        """Whether a match is of an event's type, not of an object within the event.
-
-        ``start`` is that of its line, or of one before.
-        """
+        """Whether a match after ``start`` is of an event's type, not of an object within."""
         if match[1] is None or not match[0].startswith(b'"type"'):
             return True
         head = match.string[start : match.start()].replace(b"\r", b"\n").rpartition(b"\n")[2]
@@ -7232,10 +7162,8 @@ ANSWER = re.compile(rb'"(?:choices|data)"\s{0,20}:\s{0,20}\[\s{0,20}\{\s{0,20}"'
 
 
 def is_streamed(kind: str, opening: bytes, requested: bool) -> bool:
-    """Return whether a body is an event stream, by media type or first character.
-
-    Servers send requested streams as application/json, as text/plain or without a type.
-    """
+    """Return whether a body is an event stream, by media type or first character."""
+    # Servers send requested streams as application/json, as text/plain or without a type.
     first = opening.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if kind == "text/event-stream":
         return first not in (b"{", b"[")
@@ -7358,9 +7286,8 @@ class OpenAIController(Controller):
     def _document(self, field: bytes, until_close: bool, model: str, data: bytes) -> List[Event]:
         """Check and pass on a complete JSON body; APIError if it is an error or no answer.
 
-        ``field`` is one that each answer has. The body is parsed only if it may be an error, or if
-        it ends with the connection: then nothing else shows whether it is complete. ``model``
-        replaces the name of the answer's model.
+        Each answer has the ``field``. The body is parsed only if it may be an error, or if it ends
+        with the connection: then nothing else shows whether it is complete.
         """
         text = data.removeprefix(b"\xef\xbb\xbf").strip()
         if not text or until_close and json_or_none(text) is None:
