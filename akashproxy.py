@@ -2775,19 +2775,16 @@ class UpstreamResponse:
 
     def _head(self, data: bytes) -> bytes:
         """Parse the head once it is complete; return the bytes after it."""
-        self.has_begun, scan_from = True, max(0, len(self.head_buffer) - 3)
-        buffer: Union[bytes, bytearray] = data
-        if self.head_buffer:
-            self.head_buffer += data
-            buffer = self.head_buffer
+        buffer = self.head_buffer
+        self.has_begun, scan_from = True, max(0, len(buffer) - 3)
+        buffer += data
         while not self.status:
             end = find_head_end(buffer, scan_from, b"H")
             if end < 0:
-                if buffer is not self.head_buffer:
-                    self.head_buffer = bytearray(buffer)
                 return b""
             (http_minor, status), self.headers = parse_head(bytes(buffer[:end]), parse_status_line)
-            buffer, scan_from = buffer[end + 4 :], 0
+            del buffer[: end + 4]
+            scan_from = 0
             if status >= 200:
                 self.status = status
             elif self.interim == MAX_INTERIM_RESPONSES:
