@@ -5639,12 +5639,9 @@ def stop_sequences(body: Dict[str, Any]) -> List[str]:
     if len(stops) > 4:
         raise bad_request("'stop' may contain at most four strings.", "stop")
     if any(len(stop) > MAX_STOP_LENGTH for stop in stops):
-        raise bad_request(
-            "Invalid 'stop': string too long."
-            f" Expected strings with maximum length {MAX_STOP_LENGTH}.",
-            "stop",
-            "string_above_max_length",
-        )
+        message = "Invalid 'stop': string too long. Expected strings with maximum length"
+        code = "string_above_max_length"
+        raise bad_request(f"{message} {MAX_STOP_LENGTH}.", "stop", code)
     return [stop for stop in stops if stop]
 
 
@@ -5692,21 +5689,16 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
         error.upstream_status = None
         return error
     wait = retry_after_seconds({}, {}, message=text)
-    is_limit = status == 429 or status >= 500 and wait is not None
-    return APIError(
-        {500: 502, 529: 503}.get(status, status),
-        message,
-        code=code,
-        category=Category.RATE_LIMIT if is_limit else None,
-        cooldown_scope="model" if is_limit else "controller",
-        retry_after=wait if is_limit else None,
-    )
+    error = APIError({500: 502, 529: 503}.get(status, status), message, code=code)
+    if status == 429 or status >= 500 and wait is not None:
+        error.category, error.cooldown_scope, error.retry_after = Category.RATE_LIMIT, "model", wait
+    return error
 
 
 def first_line(message: str, secrets: Iterable[str]) -> str:
     """Return the first line of a message without its wrapping, secrets and addresses."""
-    line = inner_message(message).split("\n")[0]
-    return redact_hosts(redact(line, secrets))[:300]
+    line = redact(inner_message(message).split("\n")[0], secrets)
+    return _ADDRESS.sub("(address)", line[:1000])[:300]  # the first limit bounds the pattern's time
 
 
 def image_failed(message: str, status: int = 502, retry: bool = False) -> APIError:
@@ -5721,16 +5713,10 @@ def no_image(words: str) -> APIError:
     return bad_request(message, "prompt", "no_image")
 
 
-def redact_hosts(text: str) -> str:
-    """Replace addresses by "(address)": errors may name an upstream's internal hosts."""
-    text = text[:1000]  # bounds the time of the patterns below
-    text = re.sub(r"(?<![a-z])[a-z]+://[^\s'\"]+", "(address)", text, flags=re.I)
-    return _ADDRESS.sub("(address)", text)
-
-
 # fmt: off
-_ADDRESS = re.compile(
-    r"(?:\b\d{1,3}(?:\.\d{1,3}){3}"                          # IPv4
+_ADDRESS = re.compile(  # errors may name an upstream's internal hosts
+    r"(?:(?<![a-z])[a-z]+://[^\s'\"]+"                        # URL
+    r"|\b\d{1,3}(?:\.\d{1,3}){3}"                             # IPv4
     r"|(?<![0-9a-z:])\[?[0-9a-f:]*::[0-9a-f:.]*\]?"           # IPv6 with "::"
     r"|(?<![a-z0-9.-])[a-z0-9-]+(?:\.[a-z0-9-]+)+(?=:\d)"     # host.domain:port
     r"|(?<![a-z0-9-])[a-z0-9-]+(?=:\d{2,5}\b)"                # host:port
@@ -5920,15 +5906,11 @@ def challenge_page_error(response: UpstreamResponse) -> APIError:
     """Return the 502 for a challenge page, without any of its HTML; also log it."""
     name = urllib.parse.urlsplit("//" + response.request.fields["Host"]).hostname
     reason = f"{name}: {CHALLENGE_PAGE}"
-    log.warning("%s (status %d)", reason, response.status)
-    return APIError(
-        502,
-        f"{reason} (status {response.status})",
-        code="upstream_blocked",
-        category=Category.CUT,
-        upstream_status=response.status,
-        reason=reason,
-    )
+    message = f"{reason} (status {response.status})"
+    log.warning("%s", message)
+    error = APIError(502, message, code="upstream_blocked", category=Category.CUT, reason=reason)
+    error.upstream_status = response.status
+    return error
 
 
 ENDED_EARLY = "Akash Chat: connection lost: it ended its answer early."
@@ -6207,15 +6189,14 @@ class AkashController(Controller):
         if tokens <= room:
             return
         if (self.options.context_overflow or self.settings.context_overflow) == "refuse":
-            raise APIError(
-                400,
+            error = bad_request(
                 f"This model's maximum context length is {limit} tokens, of which Akash Chat keeps "
                 f"{AKASH_RESERVED}; your messages have about {tokens} tokens.",
-                param="messages",
-                code="context_length_exceeded",
-                category=Category.REFUSED,
-                overflow=Overflow(tokens, 0, room),
+                "messages",
+                "context_length_exceeded",
             )
+            error.category, error.overflow = Category.REFUSED, Overflow(tokens, 0, room)
+            raise error
         call.attempt.overflow = f"about {tokens} tokens > {room}"
 
     def _prepare(self, call: Call) -> Tuple[Dict[str, Any], StopFilter, List[str]]:
@@ -6706,14 +6687,6 @@ class ToolCallAssembler:
         return call
 
 
-# fmt: off
-REASONING_FIELDS = (  # of a message, by rank
-    "reasoning_content", "reasoning", "reasoning_text", "thinking", "reasoning_details",
-)
-# fmt: on
-CALL_FIELDS = ("index", "id", "type", "function", "name", "arguments", "parameters")  # of a call
-
-
 def message_events(message: Dict[str, Any]) -> List[Event]:
     """Return the events of a stream's delta or of a complete message."""
     events: List[Event] = []
@@ -6784,10 +6757,15 @@ def name_or_none(value: Any) -> Optional[str]:
     return value if isinstance(value, str) else str(value) if type(value) is int else None
 
 
+# fmt: off
+# Fields of a message, by rank, and of a tool call.
+REASONING_FIELDS = (
+    "reasoning_content", "reasoning", "reasoning_text", "thinking", "reasoning_details",
+)
+CALL_FIELDS = ("index", "id", "type", "function", "name", "arguments", "parameters")
 # What reasons to end mean, by the first pattern that they contain in lower case. OpenAI's names are
 # on the left; servers send several dozen others (max_tokens, model_length, SAFETY, sensitive,
 # tool_use, insufficient_system_resource ...). An unknown reason after an answer is a "stop".
-# fmt: off
 FINISH_REASONS: List[Tuple[str, str]] = [
     ("stop",           r"^(?:stop|eos|end|done|complete)"),
     ("error",          r"error|fail|abort|cancel|malformed|unexpected|overload|timeout|timed_out"
@@ -6866,15 +6844,13 @@ class StreamEnd(NamedTuple):
 
     def matches(self, data: bytes) -> Iterable["re.Match[bytes]"]:
         """Return the matches in data, which begins with a line."""
-        # Mostly there is none, which find() notices in three times as long as rfind().
-        hints = [hint for hint in self.hints if data.rfind(hint) >= 0]
-        found = [self._match_start(data, hint) for hint in hints]
-        return self.pattern.finditer(data, min(found)) if found else ()
-
-    def _match_start(self, data: bytes, hint: bytes) -> int:
-        """Return where the first match with a hint may begin: a name, or its line."""
-        at = data.find(hint)
-        return at if hint.startswith(b'"') else max(0, data.rfind(b"\n", 0, at))
+        starts = []  # of the first match with each hint: a name, or its line
+        for hint in self.hints:
+            # Mostly there is none, which find() notices in three times as long as rfind().
+            if data.rfind(hint) >= 0:
+                at = data.find(hint)
+                starts.append(at if hint.startswith(b'"') else max(0, data.rfind(b"\n", 0, at)))
+        return self.pattern.finditer(data, min(starts)) if starts else ()
 
     def is_mid_stream(self, data: bytes) -> bool:
         """Return whether data consists of typical events only."""
@@ -6888,31 +6864,26 @@ class StreamEnd(NamedTuple):
 DONE = rb"(?:^|[\r\n])data: *\[DONE\] *(\r\n?|\n|$)"
 REST_OF_LINE = rb'"[^\r\n]*(\r\n?|\n|$)'
 DONE_ONLY = StreamEnd(re.compile(DONE), (b"[DONE]",))
+# fmt: off
 CHAT_END = StreamEnd(
     re.compile(DONE + rb'|"finish_reason" ?: ?"(?!null")[A-Za-z]'),
     (b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"finish_reason" :'),
-    (
-        b'"finish_reason":null}]}\n\n',
-        b'"finish_reason": null}]}\n\n',
-        b'"finish_reason":null}],"usage":null}\n\n',
-    ),
+    (b'"finish_reason":null}]}\n\n', b'"finish_reason": null}]}\n\n',
+     b'"finish_reason":null}],"usage":null}\n\n'),
 )
 STREAM_ENDS = {
     CHAT_PATH: CHAT_END,
     "/v1/completions": CHAT_END,
     "/v1/messages": StreamEnd(
-        re.compile(
-            rb'"type" ?: ?"(?:message_stop%b|error")|"stop_reason" ?: ?"[a-z]' % REST_OF_LINE
-        ),
-        (b"message_stop", b"error", b'"stop_reason":"', b'"stop_reason": "'),
-    ),
+        re.compile(rb'"type" ?: ?"(?:message_stop%b|error")|"stop_reason" ?: ?"[a-z]'
+                   % REST_OF_LINE),
+        (b"message_stop", b"error", b'"stop_reason":"', b'"stop_reason": "')),
     "/v1/responses": StreamEnd(
-        re.compile(
-            rb'"type" ?: ?"(?:response\.(?:completed|incomplete|failed)%b|error")' % REST_OF_LINE
-        ),
-        (b"response.completed", b"response.incomplete", b"response.failed", b"error"),
-    ),
+        re.compile(rb'"type" ?: ?"(?:response\.(?:completed|incomplete|failed)%b|error")'
+                   % REST_OF_LINE),
+        (b"response.completed", b"response.incomplete", b"response.failed", b"error")),
 }
+# fmt: on
 
 
 class ModelName:
@@ -7150,11 +7121,7 @@ def replace_form_model(call: Call, name: str) -> bytes:
 
 _ANSWER_FIELDS = ("choices", "data", "output", "content")
 # The list that answers on a path have; its first item is an object that is not empty.
-ANSWER_FIELDS = {
-    CHAT_PATH: b"choices",
-    "/v1/completions": b"choices",
-    "/v1/embeddings": b"data",
-}
+ANSWER_FIELDS = {CHAT_PATH: b"choices", "/v1/completions": b"choices", "/v1/embeddings": b"data"}
 ANSWER = re.compile(rb'"(?:choices|data)"\s{0,20}:\s{0,20}\[\s{0,20}\{\s{0,20}"')
 
 

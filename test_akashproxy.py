@@ -1972,7 +1972,7 @@ def test_a_session_that_is_refused_for_a_time(status, kind, extra, wait, rests, 
 def test_endless_texts_of_errors_cost_nothing(akash, serve):
     for text in ("a-" * 200000, "deadbeef" * 100000, "model " * 100000, "1." * 200000, "x" * 500000 + ":80"):
         assert len(akashproxy.akash_error("Invalid prompt: " + text, "m").message) < 400
-        assert len(akashproxy.redact_hosts(text)) < 2000
+        assert len(akashproxy.first_line(text, [])) < 2000
 
 
 @pytest.mark.parametrize("path", ["", "/", "/a/path", "/a/path/"])
