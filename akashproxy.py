@@ -2595,8 +2595,6 @@ def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
         return f"the name {proxy or upstream!r} can't be looked up (check {setting} and the DNS)"
     if isinstance(error, ConnectionRefusedError):
         return f"{where} refused the connection (check that it runs, and the port)"
-    if isinstance(error, OSError) and error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
-        return f"this server has no route to {where}"
     if str(error).startswith("Tunnel connection failed: "):
         status = str(error).partition(": ")[2][:3]
         return f"{where} refused the connection with status {status} (check PROXY)"
@@ -5830,8 +5828,6 @@ class AkashDecoder(Decoder):
             self._tool(event, out)
         elif event_type in ("error", "tool-input-error"):
             self.error = akash_error(str(event.get("errorText", "")), self.model, self.secrets)
-        elif event_type == "abort":
-            self._fail("Akash Chat aborted its answer.")
         elif event_type == "finish":
             self._finish(event, out)
 
@@ -6724,16 +6720,10 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
         if type(index) is not int or index >> 31:  # some send a string or a float
             digits = str(index).removesuffix(".0")
             index = int(digits) if re.fullmatch("[0-9]{1,9}", digits) else position
-        events.append(
-            ToolCall(
-                index,
-                arguments if isinstance(arguments, str) else _encode(arguments),
-                name_or_none(call.get("id")),
-                name_or_none(function.get("name")),
-                {name: call[name] for name in call if name not in CALL_FIELDS and call[name]}
-                or None,
-            )
-        )
+        arguments = arguments if isinstance(arguments, str) else _encode(arguments)
+        call_id, name = name_or_none(call.get("id")), name_or_none(function.get("name"))
+        extra = {field: call[field] for field in call if field not in CALL_FIELDS and call[field]}
+        events.append(ToolCall(index, arguments, call_id, name, extra or None))
     return events
 
 
