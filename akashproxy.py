@@ -2805,10 +2805,10 @@ class UpstreamResponse:
         except ValueError:
             # A hostile upstream could quote this server's key.
             name = f" {encoding!r}" if re.fullmatch("[a-z, ]{1,16}", encoding) else ""
-            raise truncated(
-                self.timeouts.upstream_name,
-                f"sent the Content-Encoding{name}, which was not asked for and is not supported",
-            ) from None
+            problem = (
+                f"sent the Content-Encoding{name}, which was not asked for and is not supported"
+            )
+            raise truncated(self.timeouts.upstream_name, problem) from None
 
     def read_head(self) -> None:
         """Block until the head is complete. APIError if the network fails."""
@@ -2951,17 +2951,13 @@ class Transport:
         ``first_byte`` replaces both timeouts of the response, in seconds. With a ``retry_reason``
         the connection is a new one. APIError 502, 503 or 504 if the request can't be sent.
         """
-        timeouts = cached_timeouts(
-            self.upstream_name,
-            first_byte or self.first_byte_timeout,
-            first_byte or self.idle_timeout,
-        )
+        first, idle = first_byte or self.first_byte_timeout, first_byte or self.idle_timeout
         request = self.new_request(path).copy(
             {**self.headers, **headers} if headers else self.headers,
             method=method,
             body=data,
             scope=scope,
-            timeouts=timeouts,
+            timeouts=cached_timeouts(self.upstream_name, first, idle),
             retry_reason=retry_reason,
         )
         try:
@@ -3037,11 +3033,7 @@ def log_exhaustion(message: str, error: Exception) -> None:
 
 
 def upstream_error(
-    error: Exception,
-    scope: CancelScope,
-    upstream_name: str,
-    reason: str = "",
-    in_body: bool = False,
+    error: Exception, scope: CancelScope, name: str, reason: str = "", in_body: bool = False
 ) -> APIError:
     """Translate a network exception; raises the scope's reason if it was cancelled.
 
@@ -3056,16 +3048,16 @@ def upstream_error(
         message = "This server is out of resources for more requests."
         return APIError(503, message, code="overloaded", retry_after=1, category=Category.LOCAL)
     if not isinstance(error, NETWORK_ERRORS):
-        return unexpected_error(error, upstream_name)
+        return unexpected_error(error, name)
     tls_reason = "" if is_cut(error) else str(getattr(error, "reason", ""))
     if tls_reason and not reason:
         reason = f"TLS failed ({tls_reason.lower().replace('_', ' ')})"
     if reason:
-        message = f"{upstream_name} could not be reached: {reason}."
+        message = f"{name} could not be reached: {reason}."
         log.warning("%s", message)
     else:
-        message = f"{upstream_name}{network_problem(error, in_body)}."
-        log.info("%s: %s: %s", upstream_name, type(error).__name__, error)
+        message = f"{name}{network_problem(error, in_body)}."
+        log.info("%s: %s: %s", name, type(error).__name__, error)
     status = 504 if isinstance(error, (socket.timeout, TimeoutError)) else 502
     return APIError(status, message, category=Category.NETWORK, reason=reason)
 
@@ -6185,12 +6177,9 @@ class AkashController(Controller):
         if tokens <= room:
             return
         if (self.options.context_overflow or self.settings.context_overflow) == "refuse":
-            error = bad_request(
-                f"This model's maximum context length is {limit} tokens, of which Akash Chat keeps "
-                f"{AKASH_RESERVED}; your messages have about {tokens} tokens.",
-                "messages",
-                "context_length_exceeded",
-            )
+            message = f"This model's maximum context length is {limit} tokens, of which Akash Chat"
+            message += f" keeps {AKASH_RESERVED}; your messages have about {tokens} tokens."
+            error = bad_request(message, "messages", "context_length_exceeded")
             error.category, error.overflow = Category.REFUSED, Overflow(tokens, 0, room)
             raise error
         call.attempt.overflow = f"about {tokens} tokens > {room}"
@@ -6313,10 +6302,10 @@ class AkashController(Controller):
                 break
         reason = redact(str(as_dict(answer).get("error", ""))[:4000], self.secrets())[:200]
         if "ccess token" in reason:
-            raise auth_error(
-                f"Akash Chat requires a valid access token ({reason}): set AKASH_ACCESS_TOKEN.",
-                response.status,
+            message = (
+                f"Akash Chat requires a valid access token ({reason}): set AKASH_ACCESS_TOKEN."
             )
+            raise auth_error(message, response.status)
         moved = redact(response.headers.get("location", "")[:1000], self.secrets())[:200]
         hint = f": it redirects to {moved}, check AKASH_BASE_URL" if moved else ""
         message = f"Akash Chat did not start a session (status {response.status}){hint}."
@@ -6386,14 +6375,12 @@ class AkashController(Controller):
 
 def no_session(message: str, status: int, wait: Optional[float] = None) -> APIError:
     """Return the 503 for a server without sessions, after ``wait`` seconds if named."""
-    return APIError(
-        503,
-        message,
-        code="upstream_session",
-        retry_after=wait or 5,
-        category=Category.RATE_LIMIT if wait else Category.NETWORK,
-        upstream_status=status,
+    category = Category.RATE_LIMIT if wait else Category.NETWORK
+    error = APIError(
+        503, message, code="upstream_session", retry_after=wait or 5, category=category
     )
+    error.upstream_status = status
+    return error
 
 
 def no_models() -> APIError:
@@ -6917,12 +6904,12 @@ class PassthroughDecoder(Decoder):
 
     def __init__(
         self,
-        upstream_name: str,
+        name: str,
         end: Optional[StreamEnd] = None,
         secrets: Iterable[str] = (),
         model: str = "",
     ) -> None:
-        self.upstream_name, self.end, self.secrets = upstream_name, end or DONE_ONLY, secrets
+        self.upstream_name, self.end, self.secrets = name, end or DONE_ONLY, secrets
         self.rename = ModelName(model)
         self.end_seen = end is None
         # Of typical events only errors are looked for: of a burst of tokens nearly all are.
