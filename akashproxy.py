@@ -89,7 +89,7 @@ Where is ...
     the network's exceptions           upstream_error, UpstreamResponse.to_api_error
     strict HTTP                        find_head_end, parse_head, BodyDecoder
     connections to upstreams           ConnectionPool
-    proxies on the way                 UpstreamRequest, connect_by_socks
+    proxies on the way                 open_tunnel
     deadlines                          CancelScope, Connection.on_tick
     cancelling                         Cancellation
     request bodies                     BodyReader, check_body_size
@@ -2391,42 +2391,16 @@ class ContentDecoder:
 T = TypeVar("T")
 
 
-class UpstreamRequest:
-    """A request to an upstream or to an HTTP proxy before it; Transport sends copies."""
+class UpstreamRequest(NamedTuple):
+    """A request to an upstream."""
 
     method: str
+    target: str  # a path; for an HTTP proxy that forwards the request, a URL
+    fields: Dict[str, str]
     body: Union[bytes, bytearray, None]
     scope: CancelScope
-    timeouts: "Timeouts"
+    timeouts: Timeouts
     retry_reason: str  # of a repeated request, which needs a new connection
-
-    def __init__(self, url: str, proxy: str = "") -> None:
-        scheme, _, location = url.partition("://")
-        self.scheme = scheme.lower()
-        self.host, _, path = location.partition("/")  # to connect to
-        self.target, self.fields = "/" + path, {"Host": self.host}
-        self.tunnel_host = ""  # the upstream, if a proxy tunnels to it
-        self.tunnel_headers: Dict[str, str] = {}
-        if proxy:
-            parts = urllib.parse.urlsplit(proxy)
-            headers = self.fields
-            if self.scheme == "https":
-                self.tunnel_host, headers = self.host, self.tunnel_headers
-            else:
-                self.target = url
-            self.host = parts.netloc.rpartition("@")[2] + (":80" if parts.port is None else "")
-            if parts.username is not None:
-                credentials = base64.b64encode(b":".join(proxy_credentials(proxy))).decode()
-                headers["Proxy-Authorization"] = "Basic " + credentials
-        # equal for requests that can share a connection
-        self.connection_key = self.scheme, self.host, self.tunnel_host
-
-    def copy(self, headers: Dict[str, str], **attributes: Any) -> "UpstreamRequest":
-        """Return a request with further headers and the attributes above."""
-        request = UpstreamRequest.__new__(UpstreamRequest)
-        fields = {**self.fields, **headers}
-        request.__dict__.update(self.__dict__, fields=fields, **attributes)
-        return request
 
     def parts(self) -> List[Union[bytes, bytearray]]:
         """Serialize head and body, together unless that would take much memory."""
@@ -2454,25 +2428,23 @@ class ConnectionPool:
     a new connection.
     """
 
-    def __init__(self, connect_timeout: float, ca_file: str, proxy: str) -> None:
-        self.connect_timeout, self.ca_file = connect_timeout, ca_file
-        # HTTP proxies are part of requests.
-        socks = functools.partial(connect_by_socks, proxy)
-        self.connect = socks if proxy.startswith("socks") else connect_within
-        # (expires_at, socket) by request key, the most recently used last
-        self.idle: Dict[Any, List[Tuple[float, Any]]] = {}
+    def __init__(self, base: str, proxy: str, ca_file: str, connect_timeout: float) -> None:
+        self.address, self.is_tls = address_of(base), base.lower().startswith("https:")
+        self.proxy, self.ca_file, self.connect_timeout = proxy, ca_file, connect_timeout
+        self.forwarded = proxy.startswith("http:") and not self.is_tls  # by the proxy, as requests
+        self.idle: List[Tuple[float, Any]] = []  # (expires_at, socket), the last used one last
         self.closed = False
         self.lock = threading.Lock()
 
     def open(self, request: UpstreamRequest) -> "UpstreamResponse":
         """Send a request on an idle or a new connection, and leave its socket blocking."""
-        sock = None if request.retry_reason else self._acquire(request.connection_key)
+        sock = None if request.retry_reason else self._acquire()
         reused, scope, timeouts = sock is not None, request.scope, request.timeouts
         scope.set_deadline(timeouts.first, timeouts.connect_message)
         deadline = scope.deadline
         try:
             if sock is None:
-                sock = self._connect(request)
+                sock = self._connect(scope)
             scope.attach(sock)
             scope.deadline, scope.timeout_message = deadline, timeouts.first_byte_message
             scope.timeout_category = Category.CUT
@@ -2486,34 +2458,28 @@ class ConnectionPool:
                 # that response must still be read.
                 if not reused and not isinstance(error, ConnectionError):
                     raise
-                log.debug("%s closed the connection while a request was sent", request.host)
+                log.debug("%s closed the connection while a request was sent", self.address[0])
             return UpstreamResponse(sock, request, reused, self)
-        except BaseException as error:
+        except BaseException:
             sock = scope.sock
             scope.detach()
             if sock is not None:
                 sock.close()
-            # Up to Python 3.10 a frame of http.client holds a proxy's reply, which stays open.
-            traceback.clear_frames(error.__traceback__)
             raise
 
-    def release(self, key: Any, sock: Any, seconds: float) -> None:
+    def release(self, sock: Any, seconds: float) -> None:
         """Keep a connection for reuse within ``seconds``."""
         with self.lock:
             if not self.closed:
-                self.idle.setdefault(key, []).append((time.monotonic() + seconds, sock))
+                self.idle.append((time.monotonic() + seconds, sock))
                 return
         sock.close()
 
     def close_expired(self, now: float) -> None:
         """Close idle connections whose time is over at ``now`` (time.monotonic())."""
-        expired = []
         with self.lock:
-            for key, connections in list(self.idle.items()):
-                expired += [sock for expires_at, sock in connections if expires_at < now]
-                self.idle[key] = [entry for entry in connections if entry[0] >= now]
-                if not self.idle[key]:
-                    del self.idle[key]
+            expired = [sock for expires_at, sock in self.idle if expires_at < now]
+            self.idle[:] = [entry for entry in self.idle if entry[0] >= now]
         for sock in expired:
             sock.close()
 
@@ -2522,42 +2488,42 @@ class ConnectionPool:
             self.closed = True
         self.close_expired(math.inf)
 
-    def _acquire(self, key: Any) -> Any:
+    def _acquire(self) -> Any:
         """Pop an idle connection that the server has not closed; None if there is none."""
         while True:
             with self.lock:
-                connections = self.idle.get(key)
-                if not connections:
+                if not self.idle:
                     return None
-                expires_at, sock = connections.pop()
+                expires_at, sock = self.idle.pop()
             if expires_at >= time.monotonic() and peek(sock) is None:
                 return sock
             sock.close()
 
-    def _connect(self, request: UpstreamRequest) -> Any:
-        connection = http.client.HTTPConnection(request.host, timeout=self.connect_timeout)
-        if request.scheme == "https":
+    def _connect(self, scope: CancelScope) -> Any:
+        address = address_of(self.proxy) if self.proxy else self.address
+        sock: Any = connect_within(scope, address, self.connect_timeout)
+        if self.proxy and not self.forwarded:
+            open_tunnel(sock, self.proxy, *self.address)
+        if self.is_tls:
             context = TLS_CONTEXTS.get(self.ca_file) or read_tls_context(self.ca_file)
-            connection = http.client.HTTPSConnection(
-                request.host, timeout=self.connect_timeout, context=context
+            sock = context.wrap_socket(
+                sock,
+                server_hostname=self.address[0],
+                suppress_ragged_eofs=False,  # or a connection that was cut would look complete
+                do_handshake_on_connect=False,  # or it could not be cancelled
             )
-        if request.tunnel_host:
-            connection.set_tunnel(request.tunnel_host, headers=request.tunnel_headers)
-        # HTTPConnection.connect() opens its socket with this attribute.
-        connection._create_connection = functools.partial(  # type: ignore[attr-defined]
-            self.connect, request.scope
-        )
-        connection.connect()
-        sock: Any = connection.sock
-        if request.scheme == "https":  # not in connect(), where it could not be cancelled
-            request.scope.attach(sock)
+            scope.attach(sock)
             sock.do_handshake()
         return sock
 
 
-def connect_within(
-    scope: CancelScope, address: Tuple[str, int], seconds: float, *_: Any
-) -> socket.socket:
+def address_of(url: str) -> Tuple[str, int]:
+    """Return host and port of an upstream or a proxy."""
+    parts = urllib.parse.urlsplit(url)
+    return str(parts.hostname), parts.port or {"http": 80, "https": 443}.get(parts.scheme, 1080)
+
+
+def connect_within(scope: CancelScope, address: Tuple[str, int], seconds: float) -> socket.socket:
     """Connect to an address, and limit the handshakes that follow to the time left.
 
     The caller closes the socket that the scope holds, if this or a handshake fails.
@@ -2575,9 +2541,78 @@ def connect_within(
             if info is last:
                 raise
             sock.close()
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.settimeout(None)
     scope.deadline = min(scope.deadline, deadline)
     return sock
+
+
+def open_tunnel(sock: socket.socket, url: str, host: str, port: int) -> None:
+    """Have a proxy connect a socket to an address; ConnectError if it does not."""
+    proxy = urllib.parse.urlsplit(url)
+    ask = ask_http_proxy if proxy.scheme == "http" else ask_socks_proxy
+    with sock.makefile("rb") as replies:  # reads no byte of the upstream: clients begin
+        problem = ask(sock, replies, url, host, port)
+    if problem:
+        raise ConnectError(f"the proxy {proxy.hostname} {problem} (check PROXY)")
+
+
+def ask_http_proxy(sock: socket.socket, replies: Any, url: str, host: str, port: int) -> str:
+    """Send CONNECT (RFC 9110, 9.3.6); return what the proxy does not do, or ""."""
+    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    fields = {"Host": target, **proxy_authorization(url)}
+    sock.sendall(request_head(f"CONNECT {target} HTTP/1.1", *fields.items()) + b"\r\n")
+    reply = re.match(rb"HTTP/1\.[01] ([0-9]{3})\b", replies.readline(MAX_HEAD_BYTES))
+    if reply and reply[1] != b"200":
+        return f"refused the connection with status {int(reply[1])}"
+    lines = (replies.readline(MAX_HEAD_BYTES).strip() for _ in range(MAX_HEADERS))
+    is_complete = reply is not None and not all(lines)
+    return "" if is_complete else "does not answer as an HTTP proxy does"
+
+
+def proxy_authorization(url: str) -> Dict[str, str]:
+    """Return the header with the credentials in a proxy's URL, if there are any."""
+    if urllib.parse.urlsplit(url).username is None:
+        return {}
+    credentials = base64.b64encode(b":".join(proxy_credentials(url))).decode()
+    return {"Proxy-Authorization": "Basic " + credentials}
+
+
+def ask_socks_proxy(sock: socket.socket, replies: Any, url: str, host: str, port: int) -> str:
+    """Log in and connect by SOCKS 5 (RFC 1928, 1929); return what failed, or "".
+
+    socks5:// looks up names here, socks5h:// lets the proxy do it. socks:// is what GNOME writes
+    into the environment for socks5://.
+    """
+    credentials = proxy_credentials(url)
+    sock.sendall(b"\5\2\0\2" if credentials[0] else b"\5\1\0")
+    method = replies.read(2)
+    if method == b"\5\2" and credentials[0]:
+        sock.sendall(b"\1" + b"".join(bytes([len(text)]) + text for text in credentials))
+        if replies.read(2)[1:] != b"\0":
+            return "rejected the user or the password"
+    elif method != b"\5\0":
+        return "is not SOCKS 5 or refuses this login"
+    address = socks_address(host, url.startswith("socks5h:"))
+    sock.sendall(b"\5\1\0" + address + port.to_bytes(2, "big"))
+    _, code, _, address_type = replies.read(4).ljust(4, b"\xff")
+    length = {1: 4, 4: 16}.get(address_type) or int.from_bytes(replies.read(1), "big")
+    replies.read(length + 2)  # the address that the proxy uses
+    return f"can't reach it (SOCKS reply {code})" if code else ""
+
+
+def socks_address(host: str, remote_names: bool) -> bytes:
+    """A host in RFC 1928's form: a type, then 4 bytes, 16 bytes or a counted name."""
+    try:
+        if not remote_names:
+            host = str(socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][4][0])
+        packed = ipaddress.ip_address(host).packed
+    except socket.gaierror as error:
+        raise ConnectError(connect_problem(error, host, "")) from error
+    except ValueError:
+        name = host.encode("idna")
+        return bytes([3, len(name)]) + name
+    return (b"\1" if len(packed) == 4 else b"\4") + packed
 
 
 class ConnectError(OSError):
@@ -2587,6 +2622,7 @@ class ConnectError(OSError):
 def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
     """Reason why an upstream, or the proxy before it, can't be used; "" if unknown."""
     # No ports: clients need not know the inner network.
+    proxy = address_of(proxy)[0] if proxy else ""
     where = f"the proxy {proxy}" if proxy else upstream
     if isinstance(error, ConnectError):
         return str(error)
@@ -2595,65 +2631,12 @@ def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
         return f"the name {proxy or upstream!r} can't be looked up (check {setting} and the DNS)"
     if isinstance(error, ConnectionRefusedError):
         return f"{where} refused the connection (check that it runs, and the port)"
-    if str(error).startswith("Tunnel connection failed: "):
-        status = str(error).partition(": ")[2][:3]
-        return f"{where} refused the connection with status {status} (check PROXY)"
-    if proxy and isinstance(error, http.client.HTTPException):
-        return f"{where} does not answer as an HTTP proxy does (check PROXY)"
     verify_message = getattr(error, "verify_message", "")
     if verify_message:
         return f"the certificate of {upstream} can't be verified: {verify_message} (set CA_FILE)"
     if getattr(error, "reason", "") in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL"):
         return f"{upstream} does not speak TLS (check the port, and whether it is https)"
     return ""
-
-
-def connect_by_socks(
-    url: str, scope: CancelScope, address: Tuple[str, int], *options: Any
-) -> socket.socket:
-    """Connect to an address by a SOCKS 5 proxy (RFC 1928); as connect_within().
-
-    socks5:// looks up names here, socks5h:// lets the proxy do it. socks:// is what GNOME writes
-    into the environment for socks5://.
-    """
-    proxy = urllib.parse.urlsplit(url)
-    sock = connect_within(scope, (str(proxy.hostname), proxy.port or 1080), *options)
-    with sock.makefile("rb") as replies:  # reads no byte of the upstream: clients begin
-        problem = socks_login(sock, replies, *proxy_credentials(url))
-        if not problem:
-            sock.sendall(b"\5\1\0" + socks_address(*address, proxy.scheme == "socks5h"))
-            _, code, _, address_type = replies.read(4).ljust(4, b"\xff")
-            length = {1: 4, 4: 16}.get(address_type) or int.from_bytes(replies.read(1), "big")
-            replies.read(length + 2)  # the address that the proxy uses
-            problem = f"can't reach it (SOCKS reply {code})" if code else ""
-    if problem:
-        raise ConnectError(f"the proxy {proxy.hostname} {problem} (check PROXY)")
-    return sock
-
-
-def socks_login(sock: socket.socket, replies: Any, user: bytes, password: bytes) -> str:
-    """Log in to a SOCKS proxy (RFC 1929), if necessary; return what failed."""
-    sock.sendall(b"\5\2\0\2" if user else b"\5\1\0")
-    method = replies.read(2)
-    if method == b"\5\2" and user:
-        sock.sendall(b"\1" + b"".join(bytes([len(text)]) + text for text in (user, password)))
-        return "" if replies.read(2)[1:] == b"\0" else "rejected the user or the password"
-    return "" if method == b"\5\0" else "is not SOCKS 5 or refuses this login"
-
-
-def socks_address(host: str, port: int, remote_names: bool) -> bytes:
-    """A type, an address of 4 or 16 bytes or a counted name, and a port."""
-    try:
-        if not remote_names:
-            host = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
-        packed = ipaddress.ip_address(host).packed
-        target = (b"\1" if len(packed) == 4 else b"\4") + packed
-    except socket.gaierror as error:
-        raise ConnectError(connect_problem(error, host, "")) from error
-    except ValueError:
-        name = host.encode("idna")
-        target = bytes([3, len(name)]) + name
-    return target + port.to_bytes(2, "big")
 
 
 def is_persistent(http_minor: str, headers: Dict[str, str]) -> bool:
@@ -2713,13 +2696,9 @@ def read_tls_context(ca_file: str) -> Any:
     context = ssl.create_default_context()
     if ca_file:
         context.load_verify_locations(ca_file)
-    # A connection that ends without close_notify was cut: without these two lines a truncated
-    # response would look complete. By default Python reports a clean EOF, and so does OpenSSL 3
-    # if Python sets this option (0x80, which older Pythons have no name for).
+    # A connection that ends without close_notify was cut. With this option, 0x80, which older
+    # Pythons have no name for, OpenSSL 3 would report it as complete.
     context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0x80)
-    context.wrap_socket = functools.partial(  # type: ignore[method-assign]
-        context.wrap_socket, suppress_ragged_eofs=False, do_handshake_on_connect=False
-    )
     TLS_CONTEXTS[ca_file] = context
     return context
 
@@ -2888,7 +2867,7 @@ class UpstreamResponse:
         self.scope.detach()
         if self.keep_alive and self.body.done and not self.body.trailing_data:
             seconds = keepalive_seconds(self.headers)
-            self.pool.release(self.request.connection_key, sock, seconds)
+            self.pool.release(sock, seconds)
         else:
             sock.close()
 
@@ -2922,19 +2901,19 @@ class Transport:
         headers: Dict[str, str],
     ) -> None:
         self.upstream_name = upstream_name
-        defaults = {"User-Agent": settings.user_agent, "Accept-Encoding": "identity"}
-        self.headers = {name.title(): value for name, value in {**defaults, **headers}.items()}
+        _, _, location = base.partition("://")
+        host, slash, path = location.partition("/")
         self.first_byte_timeout = options.first_byte_timeout or settings.first_byte_timeout
         self.idle_timeout = options.idle_timeout or settings.idle_timeout
-        self.host = urllib.parse.urlsplit(base).hostname or ""
-        self.proxy_host = urllib.parse.urlsplit(options.proxy).hostname or ""
         self.session_timeout = settings.session_timeout
         connect_timeout = options.connect_timeout or settings.connect_timeout
-        self.connections = ConnectionPool(connect_timeout, settings.ca_file, options.proxy)
-        http_proxy = options.proxy if options.proxy.startswith("http:") else ""
-        self.new_request = functools.lru_cache(maxsize=64)(
-            lambda path: UpstreamRequest(base + path, http_proxy)
-        )
+        proxy = options.proxy if options.proxy != "none" else ""
+        self.connections = ConnectionPool(base, proxy, settings.ca_file, connect_timeout)
+        forwarded = self.connections.forwarded
+        self.target = base if forwarded else slash + path
+        defaults = {"User-Agent": settings.user_agent, "Accept-Encoding": "identity"}
+        titled = {name.title(): value for name, value in {**defaults, **headers}.items()}
+        self.headers = {"Host": host, **(proxy_authorization(proxy) if forwarded else {}), **titled}
 
     def start_request(
         self,
@@ -2952,18 +2931,14 @@ class Transport:
         the connection is a new one. APIError 502, 503 or 504 if the request can't be sent.
         """
         first, idle = first_byte or self.first_byte_timeout, first_byte or self.idle_timeout
-        request = self.new_request(path).copy(
-            {**self.headers, **headers} if headers else self.headers,
-            method=method,
-            body=data,
-            scope=scope,
-            timeouts=cached_timeouts(self.upstream_name, first, idle),
-            retry_reason=retry_reason,
-        )
+        timeouts = cached_timeouts(self.upstream_name, first, idle)
+        fields = {**self.headers, **headers} if headers else self.headers
+        target = self.target + path
+        request = UpstreamRequest(method, target, fields, data, scope, timeouts, retry_reason)
         try:
             return self.connections.open(request)
         except NETWORK_ERRORS as error:
-            reason = connect_problem(error, self.host, self.proxy_host)
+            reason = connect_problem(error, self.connections.address[0], self.connections.proxy)
             raise upstream_error(error, scope, self.upstream_name, reason) from error
 
     def fetch(self, method: str, path: str, scope: CancelScope, **options: Any) -> UpstreamResponse:
@@ -3001,7 +2976,7 @@ def retrying(send: Callable[[str], T]) -> T:
             reason = error.code or ""
 
 
-NETWORK_ERRORS = (OSError, ProtocolError, http.client.HTTPException)
+NETWORK_ERRORS = (OSError, ProtocolError)
 
 
 # Errors of a machine without descriptors, buffers or memory for another socket.
@@ -3066,7 +3041,7 @@ def network_problem(error: Exception, in_body: bool) -> str:
     """End of an error message about a connection, after the upstream's name."""
     if isinstance(error, (socket.timeout, TimeoutError)):
         return " could not be reached in time"
-    if isinstance(error, (http.client.HTTPException, ProtocolError)):
+    if isinstance(error, ProtocolError):
         cut = ": connection lost: it broke off its answer"
         return cut if in_body else ": it sent something that is not HTTP"
     if is_cut(error):
