@@ -2533,16 +2533,17 @@ def connect_within(scope: CancelScope, address: Tuple[str, int], seconds: float)
     *others, last = socket.getaddrinfo(*address, 0, socket.SOCK_STREAM)
     for info in (*others, last):
         deadline = time.monotonic() + seconds
-        sock = socket.socket(*info[:3])
-        scope.attach(sock)
-        sock.settimeout(seconds)
         try:
+            sock = socket.socket(*info[:3])
+            scope.attach(sock)
+            sock.settimeout(seconds)
             sock.connect(info[4])
             break
         except OSError:
             if info is last:
                 raise
-            sock.close()
+            if scope.sock:
+                scope.sock.close()
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.settimeout(None)
     scope.deadline = min(scope.deadline, deadline)
@@ -6954,11 +6955,9 @@ class PassthroughDecoder(Decoder):
         if match[1] is None or not match[0].startswith(b'"type"'):
             return True
         head = match.string[start : match.start()].replace(b"\r", b"\n").rpartition(b"\n")[2]
-        return FIRST_KEY.fullmatch(head) is not None or self._is_end(head + match[0])
-
-    def _is_end(self, line: bytes) -> bool:
-        """Whether the event of a line ends the stream; True if it can't be parsed."""
-        event = json_or_none(line.partition(b"data:")[2])
+        if FIRST_KEY.fullmatch(head):
+            return True
+        event = json_or_none((head + match[0]).partition(b"data:")[2])
         own_type = b'"type":' + to_json(as_dict(event).get("type"))
         return event is None or self.end.pattern.match(own_type) is not None
 

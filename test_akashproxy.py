@@ -6772,7 +6772,8 @@ def test_the_next_address_of_a_name_is_tried(fake, monkeypatch):
     with socket.create_server(("127.0.0.2", 0)) as closed:
         nobody = closed.getsockname()
     look_up = socket.getaddrinfo
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: look_up(*nobody, 0, socket.SOCK_STREAM) + look_up("127.0.0.1", fake.port, 0, socket.SOCK_STREAM))
+    unusable = [(9999, socket.SOCK_STREAM, 0, "", ("::1", 1))]      # such as IPv6 on a host without it
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: unusable + look_up(*nobody, 0, socket.SOCK_STREAM) + look_up("127.0.0.1", fake.port, 0, socket.SOCK_STREAM))
     scope = akashproxy.CancelScope()
     with akashproxy.connect_within(scope, ("two.example", fake.port), 5) as sock:
         assert sock.getpeername() == ("127.0.0.1", fake.port) and 0 < scope.deadline - time.monotonic() <= 5
