@@ -2898,12 +2898,12 @@ class Transport:
         headers: Dict[str, str],
     ) -> None:
         self.upstream_name = upstream_name
-        _, _, location = base.partition("://")
-        host, slash, path = location.partition("/")
-        self.first_byte_timeout = options.first_byte_timeout or settings.first_byte_timeout
-        self.idle_timeout = options.idle_timeout or settings.idle_timeout
-        self.session_timeout = settings.session_timeout
+        first = options.first_byte_timeout or settings.first_byte_timeout
+        idle, short = options.idle_timeout or settings.idle_timeout, settings.session_timeout
+        self.timeouts = Timeouts(upstream_name, first, idle)
+        self.short_timeouts = Timeouts(upstream_name, short, short)
         connect_timeout = options.connect_timeout or settings.connect_timeout
+        host, slash, path = base.partition("://")[2].partition("/")
         proxy = options.proxy if options.proxy != "none" else ""
         self.connections = ConnectionPool(base, proxy, settings.ca_file, connect_timeout)
         forwarded = self.connections.forwarded
@@ -2919,16 +2919,15 @@ class Transport:
         scope: CancelScope,
         data: Union[bytes, bytearray, None] = None,
         headers: Optional[Dict[str, str]] = None,
-        first_byte: Optional[float] = None,
+        short: bool = False,
         retry_reason: str = "",
     ) -> UpstreamResponse:
         """Send a request and return before its response arrives.
 
-        ``first_byte`` replaces both timeouts of the response, in seconds. With a ``retry_reason``
-        the connection is a new one. APIError 502, 503 or 504 if the request can't be sent.
+        A ``short`` response has to come within SESSION_TIMEOUT. With a ``retry_reason`` the
+        connection is a new one. APIError 502, 503 or 504 if the request can't be sent.
         """
-        first, idle = first_byte or self.first_byte_timeout, first_byte or self.idle_timeout
-        timeouts = cached_timeouts(self.upstream_name, first, idle)
+        timeouts = self.short_timeouts if short else self.timeouts
         fields = {**self.headers, **headers} if headers else self.headers
         target = self.target + path
         request = UpstreamRequest(method, target, fields, data, scope, timeouts, retry_reason)
@@ -2952,8 +2951,7 @@ class Transport:
         self, path: str, scope: Optional[CancelScope] = None, **options: Any
     ) -> Tuple[UpstreamResponse, Any]:
         """GET a short answer within SESSION_TIMEOUT, and its body: None if it is not JSON."""
-        options["first_byte"] = self.session_timeout
-        response = self.fetch("GET", path, scope or CancelScope(), **options)
+        response = self.fetch("GET", path, scope or CancelScope(), short=True, **options)
         return response, json_or_none(response.read(limit=MAX_SHORT_BODY))
 
 
@@ -6328,8 +6326,7 @@ class AkashController(Controller):
         raise error
 
     def _fetch_models(self) -> Tuple[List[Dict[str, Any]], float]:
-        seconds = self.settings.session_timeout
-        _, body = self.with_session("GET", "/api/models/", CancelScope(), first_byte=seconds)
+        _, body = self.with_session("GET", "/api/models/", CancelScope(), short=True)
         entries = akash_models(json_or_none(body))
         if not entries:
             raise no_models()
