@@ -2850,8 +2850,7 @@ class UpstreamResponse:
             for part in self.iter_bytes(started=False):
                 data += part
                 if len(data) > limit:
-                    name = self.timeouts.upstream_name
-                    raise truncated(name, f"sent more than {limit} bytes")
+                    raise truncated(self.timeouts.upstream_name, f"sent more than {limit} bytes")
         finally:
             self.close()
         return bytes(data)
@@ -2863,8 +2862,7 @@ class UpstreamResponse:
             return
         self.scope.detach()
         if self.keep_alive and self.body.done and not self.body.trailing_data:
-            seconds = keepalive_seconds(self.headers)
-            self.pool.release(sock, seconds)
+            self.pool.release(sock, keepalive_seconds(self.headers))
         else:
             sock.close()
 
@@ -6126,13 +6124,9 @@ class AkashController(Controller):
             return self.images.events(call, bytes(data))
         self._check_context(call, body)
         cookie = self.session.get(call.scope)
-        reason = call.attempt.retry_reason
-        response = self._send(
-            "POST", self.CHAT_PATH, call.scope, cookie, data=data, retry_reason=reason
-        )
-        return EventStream(
-            response, lambda response: self._decoder(call, response, stop_filter, cookie)
-        )
+        options = {"data": data, "retry_reason": call.attempt.retry_reason}
+        response = self._send("POST", self.CHAT_PATH, call.scope, cookie, **options)
+        return EventStream(response, functools.partial(self._decoder, call, stop_filter, cookie))
 
     def _check_context(self, call: Call, body: Dict[str, Any]) -> None:
         """Note or, with APIError 400, refuse a conversation that Akash Chat would cut."""
@@ -6227,7 +6221,7 @@ class AkashController(Controller):
         return self.transport.start_request(method, path, scope, headers=headers, **options)
 
     def _decoder(
-        self, call: Call, response: UpstreamResponse, stop_filter: StopFilter, cookie: str
+        self, call: Call, stop_filter: StopFilter, cookie: str, response: UpstreamResponse
     ) -> Decoder:
         """Return the decoder for the body of a stream or of an error."""
         if response.status == 200 and not is_challenge_page(response):
@@ -6331,10 +6325,9 @@ class AkashController(Controller):
         if not entries:
             raise no_models()
         common = {"object": "model", "created": 1626777600, "owned_by": "Akash Network"}
+        common["permission"] = None
         models = [
-            with_context_length(
-                {"id": name, **common, "permission": None, "root": name, "parent": None}, entry
-            )
+            with_context_length({"id": name, **common, "root": name, "parent": None}, entry)
             for name, entry in entries.items()
         ]
         lengths = {model["id"]: model.get(CONTEXT_FIELDS[0], AKASH_CONTEXT) for model in models}
@@ -6410,8 +6403,6 @@ class ChatDecoder(Decoder):
         return out
 
     def close(self) -> List[Event]:
-        if self.complete or self.error:
-            return []
         return self._decode(itertools.chain(self.lines.close(), [(b"", b"[DONE]")]))
 
     def decode_body(self, body: Dict[str, Any]) -> List[Event]:
@@ -7237,13 +7228,10 @@ class OpenAIController(Controller):
         if not entries:
             message = f"{self.name} sent no list of models."
             raise APIError(503, message, upstream_status=response.status)
+        for entry in entries:
+            entry["created"] = count_or_none(entry.get("created")) or 0
         common = {"object": "model", "owned_by": self.name}
-        models = [
-            with_context_length(
-                {**common, **entry, "created": count_or_none(entry.get("created")) or 0}, entry
-            )
-            for entry in entries
-        ]
+        models = [with_context_length({**common, **entry}, entry) for entry in entries]
         return models, self.settings.models_ttl
 
 
