@@ -3086,7 +3086,7 @@ class Step(Generic[Input]):
     """
 
     error: Optional[APIError] = None  # ends the answer, to be raised after the events returned
-    started = False  # content has arrived; an opening alone may still fail over
+    started = False  # content has arrived, even without events
     complete = False  # the answer is complete; a Finish event says so as well
     stopped = False  # a filter has ended the answer, so the upstream should stop
     has_fast_path = False  # fast_path() may succeed
@@ -3125,7 +3125,6 @@ class DecoderChain(Decoder):
         for step in self.filters:
             events = step.feed(events)
             self.stopped = self.stopped or step.stopped
-        self.started = self.started or bool(events)
         self.error = self.decoder.error
         return events + self.flush() if self.error else events
 
@@ -3317,7 +3316,7 @@ class EventStream:
             if payload and not self.complete:
                 events = decoder.feed(payload)
                 self.error = decoder.error
-                if not self.started and decoder.started:
+                if not self.started and (events or decoder.started):
                     self.started = True
                     response.scope.timeout_message = response.timeouts.idle_message
                 if decoder.complete or events and type(events[-1]) is Finish:
