@@ -2730,14 +2730,13 @@ class UpstreamResponse:
             if not self.status:
                 data = self._head(data)
             payload = self.body.feed(data) if data else b""
-            return self._expand(payload) if self.content else payload
-        if self.status and self.body.done:
-            return b""
-        self.scope.raise_if_cancelled()
-        if not self.status:
-            raise ConnectionError("the connection was closed without a response")
-        self.body.close()
-        return self._expand(b"") if self.content else b""
+        else:
+            self.scope.raise_if_cancelled()
+            if not self.status:
+                raise ConnectionError("the connection was closed without a response")
+            self.body.close()
+            payload = b""
+        return self._expand(payload) if self.content else payload
 
     def _expand(self, payload: bytes) -> bytes:
         """Decompress the payload; ProtocolError if the body ends within it."""
@@ -2983,8 +2982,7 @@ def is_exhausted(error: Exception) -> bool:
         try:
             socket.socket().close()
         except OSError as cause:
-            return cause.errno in EXHAUSTED
-        return False
+            error = cause
     return isinstance(error, OSError) and error.errno in EXHAUSTED
 
 
