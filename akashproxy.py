@@ -2876,9 +2876,6 @@ class Timeouts:
         self.idle_message = f"{upstream_name} sent nothing for {idle:g} seconds."
 
 
-cached_timeouts = functools.lru_cache(maxsize=256)(Timeouts)
-
-
 class Transport:
     """Sends requests to one upstream. Worker thread: it blocks.
 
@@ -3347,7 +3344,7 @@ class EventStream:
         self.started = self.complete = True
         self.error, self.at_eof = None, self.decoder.stopped  # an answer that a filter ended is cut
         name = self.response.timeouts.upstream_name
-        self.response.timeouts = cached_timeouts(name, self.DRAIN_TIMEOUT, self.DRAIN_TIMEOUT)
+        self.response.timeouts = Timeouts(name, self.DRAIN_TIMEOUT, self.DRAIN_TIMEOUT)
 
     def on_network_error(self, error: Exception) -> List[Event]:
         """End an incomplete answer with an error; return the events held back."""
