@@ -176,6 +176,7 @@ import threading
 import time
 import traceback
 import urllib.parse
+import urllib.request
 import zlib
 from collections import OrderedDict, defaultdict, deque
 from dataclasses import dataclass, field
@@ -2384,27 +2385,37 @@ class ContentDecoder:
 
 
 # == 6. transport =============================================================================
-# Connections to upstreams. All network exceptions end here; above this section an OSError can only
-# mean that the client disconnected. Knows no models.
+# Connections to upstreams: urllib.request with a connection pool. All network exceptions end here;
+# above this section an OSError can only mean that the client disconnected. Knows no models.
 
 
 T = TypeVar("T")
 
 
-class UpstreamRequest(NamedTuple):
-    """A request to an upstream."""
+class UpstreamRequest(urllib.request.Request):
+    """A request to an upstream; ``fields`` are its headers but Content-Length."""
 
     method: str
-    target: str  # a path; for an HTTP proxy that forwards the request, a URL
-    fields: Dict[str, str]
-    body: Union[bytes, bytearray, None]
-    scope: CancelScope
-    timeouts: Timeouts
-    retry_reason: str  # of a repeated request, which needs a new connection
+    timeout: float  # of connecting, in seconds: the argument of OpenerDirector.open()
+
+    def __init__(
+        self,
+        method: str,
+        url: str,
+        fields: Dict[str, str],
+        body: Union[bytes, bytearray, None],
+        scope: CancelScope,
+        timeouts: Timeouts,
+        retry_reason: str = "",
+    ) -> None:
+        """With a ``retry_reason`` it needs a new connection, as it is repeated."""
+        super().__init__(url, origin_req_host="", method=method)
+        self.fields, self.body, self.scope = fields, body, scope
+        self.timeouts, self.retry_reason = timeouts, retry_reason
 
     def parts(self) -> List[Union[bytes, bytearray]]:
         """Serialize head and body, together unless that would take much memory."""
-        head = request_head(f"{self.method} {self.target} HTTP/1.1", *self.fields.items())
+        head = request_head(f"{self.method} {self.selector} HTTP/1.1", *self.fields.items())
         if self.body is None:
             return [head + b"\r\n"]
         head = b"%bContent-Length: %d\r\n\r\n" % (head, len(self.body))
@@ -2420,23 +2431,23 @@ def request_head(line: str, *fields: Tuple[str, str]) -> bytes:
     return "\r\n".join([*lines, ""]).encode("latin-1")
 
 
-class ConnectionPool:
-    """Sends requests on persistent connections, of which the caller reads. Any thread.
+class ConnectionPool(urllib.request.BaseHandler):
+    """urllib handler for one address, with persistent connections. Any thread.
 
-    An idle connection that the server has closed is dropped before use. If the server closes one
-    just as a request is sent, the response fails with Category.RETRY and the request is repeated on
-    a new connection.
+    It connects and sends; the caller receives. An idle connection that the server has closed is
+    dropped before use. If the server closes one just as a request is sent, the response fails with
+    Category.RETRY and the request is repeated on a new connection.
     """
 
-    def __init__(self, base: str, proxy: str, ca_file: str, connect_timeout: float) -> None:
+    def __init__(self, base: str, proxy: str, ca_file: str) -> None:
         self.address, self.is_tls = address_of(base), base.lower().startswith("https:")
-        self.proxy, self.ca_file, self.connect_timeout = proxy, ca_file, connect_timeout
+        self.proxy, self.ca_file = proxy, ca_file
         self.forwarded = proxy.startswith("http:") and not self.is_tls  # by the proxy, as requests
         self.idle: List[Tuple[float, Any]] = []  # (expires_at, socket), the last used one last
         self.closed = False
         self.lock = threading.Lock()
 
-    def open(self, request: UpstreamRequest) -> "UpstreamResponse":
+    def http_open(self, request: UpstreamRequest) -> "UpstreamResponse":
         """Send a request on an idle or a new connection, and leave its socket blocking."""
         sock = None if request.retry_reason else self._acquire()
         reused, scope, timeouts = sock is not None, request.scope, request.timeouts
@@ -2444,7 +2455,7 @@ class ConnectionPool:
         deadline = scope.deadline
         try:
             if sock is None:
-                sock = self._connect(scope)
+                sock = self._connect(request)
             scope.attach(sock)
             scope.deadline, scope.timeout_message = deadline, timeouts.first_byte_message
             scope.timeout_category = Category.CUT
@@ -2466,6 +2477,8 @@ class ConnectionPool:
             if sock is not None:
                 sock.close()
             raise
+
+    https_open = http_open
 
     def release(self, sock: Any, seconds: float) -> None:
         """Keep a connection for reuse within ``seconds``."""
@@ -2501,9 +2514,9 @@ class ConnectionPool:
                 return sock
             sock.close()
 
-    def _connect(self, scope: CancelScope) -> Any:
+    def _connect(self, request: UpstreamRequest) -> Any:
         address = address_of(self.proxy) if self.proxy else self.address
-        sock: Any = connect_within(scope, address, self.connect_timeout)
+        sock: Any = connect_within(request.scope, address, request.timeout)
         if self.proxy and not self.forwarded:
             open_tunnel(sock, self.proxy, *self.address)
         if self.is_tls:
@@ -2514,7 +2527,7 @@ class ConnectionPool:
                 suppress_ragged_eofs=False,  # or a connection that was cut would look complete
                 do_handshake_on_connect=False,  # or it could not be cancelled
             )
-            scope.attach(sock)
+            request.scope.attach(sock)
             sock.do_handshake()
         return sock
 
@@ -2896,15 +2909,18 @@ class Transport:
         idle, short = options.idle_timeout or settings.idle_timeout, settings.session_timeout
         self.timeouts = Timeouts(upstream_name, first, idle)
         self.short_timeouts = Timeouts(upstream_name, short, short)
-        connect_timeout = options.connect_timeout or settings.connect_timeout
-        host, slash, path = base.partition("://")[2].partition("/")
-        proxy = options.proxy if options.proxy != "none" else ""
-        self.connections = ConnectionPool(base, proxy, settings.ca_file, connect_timeout)
-        forwarded = self.connections.forwarded
-        self.target = base if forwarded else slash + path
+        self.connect_timeout = options.connect_timeout or settings.connect_timeout
+        self.base, self.proxy = base, options.proxy if options.proxy != "none" else ""
+        self.connections = ConnectionPool(base, self.proxy, settings.ca_file)
+        # Not build_opener(): that would follow redirects with the key attached, open file: and
+        # ftp: URLs, and read the environment's proxies past the settings.
+        self.opener = urllib.request.OpenerDirector()
+        self.opener.addheaders = []
+        self.opener.add_handler(self.connections)
+        login = proxy_authorization(self.proxy) if self.connections.forwarded else {}
         defaults = {"User-Agent": settings.user_agent, "Accept-Encoding": "identity"}
         titled = {name.title(): value for name, value in {**defaults, **headers}.items()}
-        self.headers = {"Host": host, **(proxy_authorization(proxy) if forwarded else {}), **titled}
+        self.headers = {"Host": base.split("/")[2], **login, **titled}
 
     def start_request(
         self,
@@ -2923,12 +2939,15 @@ class Transport:
         """
         timeouts = self.short_timeouts if short else self.timeouts
         fields = {**self.headers, **headers} if headers else self.headers
-        target = self.target + path
-        request = UpstreamRequest(method, target, fields, data, scope, timeouts, retry_reason)
+        url = self.base + path
+        request = UpstreamRequest(method, url, fields, data, scope, timeouts, retry_reason)
+        if self.connections.forwarded:
+            request.set_proxy(self.proxy, "http")
         try:
-            return self.connections.open(request)
+            response: UpstreamResponse = self.opener.open(request, timeout=self.connect_timeout)
+            return response
         except NETWORK_ERRORS as error:
-            reason = connect_problem(error, self.connections.address[0], self.connections.proxy)
+            reason = connect_problem(error, self.connections.address[0], self.proxy)
             raise upstream_error(error, scope, self.upstream_name, reason) from error
 
     def fetch(self, method: str, path: str, scope: CancelScope, **options: Any) -> UpstreamResponse:

@@ -1086,7 +1086,7 @@ def test_kept_connections_are_not_watched_and_live_as_long_as_their_server_says(
 @pytest.mark.parametrize("text", ["a\nB: c", "a\rb", "a\r\nB: c", "a\0b"])
 def test_no_line_break_gets_into_the_head_of_a_request(text):
     for fields in {"A": text}, {text: "a"}:
-        request = akashproxy.UpstreamRequest("GET", "/", fields, None, akashproxy.CancelScope(), None, "")
+        request = akashproxy.UpstreamRequest("GET", "http://x/", fields, None, akashproxy.CancelScope(), None, "")
         with pytest.raises(ProtocolError, match="line break"):
             request.parts()
 
