@@ -89,7 +89,7 @@ Where is ...
     the network's exceptions           upstream_error, UpstreamResponse.to_api_error
     strict HTTP                        find_head_end, parse_head, BodyDecoder
     connections to upstreams           ConnectionPool
-    proxies on the way                 UpstreamRequest, SocksProxy
+    proxies on the way                 open_tunnel
     deadlines                          CancelScope, Connection.on_tick
     cancelling                         Cancellation
     request bodies                     BodyDecoder, check_body
@@ -175,7 +175,6 @@ import sys
 import threading
 import time
 import traceback
-import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
@@ -2232,38 +2231,25 @@ T = TypeVar("T")
 
 
 class UpstreamRequest(urllib.request.Request):
-    """A request to an upstream, through an HTTP proxy if there is one.
-
-    Transport parses each URL once and sends copies.
-    """
+    """A request to an upstream; ``fields`` are its headers but Content-Length."""
 
     method: str
-    body: Union[bytes, bytearray, None]
-    scope: CancelScope
-    retry_reason: str  # of a repeated request, which needs a new connection
-    _tunnel_host: Optional[str]  # urllib's: the upstream, if a proxy tunnels to it
+    timeout: float  # of connecting, in seconds: the argument of OpenerDirector.open()
 
-    def __init__(self, url: str, proxy: str = "") -> None:
-        super().__init__(url)
-        self.fields = {"Host": self.host}
-        self.tunnel_headers: Dict[str, str] = {}
-        if proxy:
-            parts = urllib.parse.urlsplit(proxy)
-            address = parts.netloc.rpartition("@")[2] + (":80" if parts.port is None else "")
-            self.set_proxy(address, "http")
-            if parts.username is not None:
-                credentials = base64.b64encode(b":".join(proxy_credentials(proxy))).decode()
-                headers = self.tunnel_headers if self._tunnel_host else self.fields
-                headers["Proxy-Authorization"] = "Basic " + credentials
-        # equal for requests that can share a connection
-        self.connection_key = self.type, self.host, self._tunnel_host
-
-    def copy(self, headers: Dict[str, str], **attributes: Any) -> "UpstreamRequest":
-        """Return a request with further headers and the attributes above."""
-        request = UpstreamRequest.__new__(UpstreamRequest)
-        fields = {**self.fields, **headers}
-        request.__dict__.update(self.__dict__, fields=fields, **attributes)
-        return request
+    def __init__(
+        self,
+        method: str,
+        url: str,
+        fields: Dict[str, str],
+        body: Union[bytes, bytearray, None],
+        scope: CancelScope,
+        timeouts: Timeouts,
+        retry_reason: str = "",
+    ) -> None:
+        """With a ``retry_reason`` it needs a new connection, as it is repeated."""
+        super().__init__(url, origin_req_host="", method=method)
+        self.fields, self.body, self.scope = fields, body, scope
+        self.timeouts, self.retry_reason = timeouts, retry_reason
 
     def parts(self) -> List[Union[bytes, bytearray]]:
         """Serialize head and body, together unless that would take much memory."""
@@ -2276,10 +2262,7 @@ class UpstreamRequest(urllib.request.Request):
 
 @functools.lru_cache(maxsize=64)
 def request_head(line: str, *fields: Tuple[str, str]) -> bytes:
-    """Serialize a request's head without Content-Length and the final blank line.
-
-    ProtocolError for a CR, LF or NUL within a line. Cached: an upstream's heads repeat.
-    """
+    """Serialize a head without Content-Length; ProtocolError for a line break in it."""
     lines = [line, *[f"{name}: {value}" for name, value in fields]]
     if re.search("[\r\n\0]", "".join(lines)):
         raise ProtocolError("a header contains a line break")
@@ -2287,33 +2270,35 @@ def request_head(line: str, *fields: Tuple[str, str]) -> bytes:
 
 
 class ConnectionPool(urllib.request.BaseHandler):
-    """urllib handler for http and https with persistent connections. Any thread.
+    """urllib handler for one address, with persistent connections. Any thread.
 
     It connects and sends; the caller receives. An idle connection that the server has closed is
     dropped before use. If the server closes one just as a request is sent, the response fails with
     Category.RETRY and the request is repeated on a new connection.
     """
 
-    def __init__(self, ca_file: str = "", proxy: str = "") -> None:
-        """``proxy`` is the URL of a SOCKS proxy; HTTP proxies are part of requests."""
-        self.ca_file = ca_file
-        self.socks = SocksProxy(proxy) if proxy.startswith("socks") else None
-        # (expires_at, socket) by request key, the most recently used last
-        self.idle: Dict[Any, List[Tuple[float, Any]]] = {}
+    def __init__(self, base: str, proxy: str, ca_file: str) -> None:
+        self.address, self.is_tls = address_of(base), base.lower().startswith("https:")
+        self.proxy, self.ca_file = proxy, ca_file
+        self.forwarded = proxy.startswith("http:") and not self.is_tls  # by the proxy, as requests
+        self.idle: List[Tuple[float, Any]] = []  # (expires_at, socket), the last used one last
         self.closed = False
         self.lock = threading.Lock()
 
     def http_open(self, request: UpstreamRequest) -> "UpstreamResponse":
         """Send a request on an idle or a new connection, and leave its socket blocking."""
-        sock = None if request.retry_reason else self._acquire(request.connection_key)
-        reused = sock is not None
-        if sock is None:
-            sock = self._connect(request)
+        sock = None if request.retry_reason else self._acquire()
+        reused, scope, timeouts = sock is not None, request.scope, request.timeouts
+        scope.set_deadline(timeouts.first, timeouts.connect_message)
+        deadline = scope.deadline
         try:
-            request.scope.attach(sock)
-            request.scope.timeout_category = Category.CUT
+            if sock is None:
+                sock = self._connect(request)
+            scope.attach(sock)
+            scope.deadline, scope.timeout_message = deadline, timeouts.first_byte_message
+            scope.timeout_category = Category.CUT
             try:
-                if sock.gettimeout() is not None:
+                if reused:
                     sock.setblocking(True)
                 for part in request.parts():
                     sock.sendall(part)
@@ -2322,32 +2307,32 @@ class ConnectionPool(urllib.request.BaseHandler):
                 # that response must still be read.
                 if not reused and not isinstance(error, ConnectionError):
                     raise
-                log.debug("%s closed the connection while a request was sent", request.host)
+                log.debug("%s closed the connection while a request was sent", self.address[0])
             return UpstreamResponse(sock, request, reused, self)
         except BaseException:
-            request.scope.detach()
-            sock.close()
+            sock = scope.sock
+            scope.detach()
+            if sock is not None:
+                sock.close()
             raise
 
     https_open = http_open
 
-    def release(self, key: Any, sock: Any, seconds: float) -> None:
+    def release(self, sock: Any, seconds: float) -> None:
         """Keep a connection for reuse within ``seconds``."""
+        if sock.gettimeout() is None:
+            sock.setblocking(False)  # for peek()
         with self.lock:
             if not self.closed:
-                self.idle.setdefault(key, []).append((time.monotonic() + seconds, sock))
+                self.idle.append((time.monotonic() + seconds, sock))
                 return
         sock.close()
 
     def close_expired(self, now: float) -> None:
         """Close idle connections whose time is over at ``now`` (time.monotonic())."""
-        expired = []
         with self.lock:
-            for key, connections in list(self.idle.items()):
-                expired += [sock for expires_at, sock in connections if expires_at < now]
-                self.idle[key] = [entry for entry in connections if entry[0] >= now]
-                if not self.idle[key]:
-                    del self.idle[key]
+            expired = [sock for expires_at, sock in self.idle if expires_at < now]
+            self.idle[:] = [entry for entry in self.idle if entry[0] >= now]
         for sock in expired:
             sock.close()
 
@@ -2356,93 +2341,132 @@ class ConnectionPool(urllib.request.BaseHandler):
             self.closed = True
         self.close_expired(math.inf)
 
-    def _acquire(self, key: Any) -> Any:
+    def _acquire(self) -> Any:
         """Pop an idle connection that the server has not closed; None if there is none."""
         while True:
             with self.lock:
-                connections = self.idle.get(key)
-                if not connections:
+                if not self.idle:
                     return None
-                expires_at, sock = connections.pop()
+                expires_at, sock = self.idle.pop()
             if expires_at >= time.monotonic() and peek(sock) is None:
                 return sock
             sock.close()
 
     def _connect(self, request: UpstreamRequest) -> Any:
-        connection: http.client.HTTPConnection
-        if request.type == "https":
-            connection = http.client.HTTPSConnection(
-                request.host, timeout=request.timeout, context=tls_context(self.ca_file)
+        address = address_of(self.proxy) if self.proxy else self.address
+        sock: Any = connect_within(request.scope, address, request.timeout)
+        if self.proxy and not self.forwarded:
+            open_tunnel(sock, self.proxy, *self.address)
+        if self.is_tls:
+            context = TLS_CONTEXTS.get(self.ca_file) or read_tls_context(self.ca_file)
+            sock = context.wrap_socket(
+                sock,
+                server_hostname=self.address[0],
+                suppress_ragged_eofs=False,  # or a connection that was cut would look complete
+                do_handshake_on_connect=False,  # or it could not be cancelled
             )
-        else:
-            connection = http.client.HTTPConnection(request.host, timeout=request.timeout)
-        if request._tunnel_host:
-            connection.set_tunnel(request._tunnel_host, headers=request.tunnel_headers)
-        # HTTPConnection.connect() opens its socket with this attribute.
-        connect = self.socks.connect if self.socks else connect_within
-        connection._create_connection = functools.partial(  # type: ignore[attr-defined]
-            connect, request.scope
-        )
-        try:
-            connection.connect()
-            sock: Any = connection.sock
-            if request.type == "https":  # not in connect(), where it could not be cancelled
-                request.scope.attach(sock)
-                sock.do_handshake()
-        except BaseException as error:
-            request.scope.detach()
-            connection.close()
-            # Up to Python 3.10 a frame of http.client holds a proxy's reply, which stays open.
-            traceback.clear_frames(error.__traceback__)
-            raise
+            request.scope.attach(sock)
+            sock.do_handshake()
         return sock
 
 
-class DeadlineSocket(socket.socket):
-    """A socket that connects, and is read as a file, within so many seconds in all.
+def address_of(url: str) -> Tuple[str, int]:
+    """Return host and port of an upstream or a proxy."""
+    parts = urllib.parse.urlsplit(url)
+    return str(parts.hostname), parts.port or {"http": 80, "https": 443}.get(parts.scheme, 1080)
 
-    http.client reads a proxy's reply in this way. A TLS handshake gets the seconds that are left.
+
+def connect_within(scope: CancelScope, address: Tuple[str, int], seconds: float) -> socket.socket:
+    """Connect to an address, and limit the handshakes that follow to the time left.
+
+    The caller closes the socket that the scope holds, if this or a handshake fails.
     """
-
-    def __init__(self, family: int, kind: int, protocol: int, seconds: float) -> None:
-        super().__init__(family, kind, protocol)
-        self.deadline = time.monotonic() + seconds
-
-    def connect(self, address: Any) -> None:
-        self._limit()
-        super().connect(address)
-        self._limit()
-
-    def recv_into(self, *args: Any) -> int:
-        self._limit()
-        size = super().recv_into(*args)
-        self._limit()
-        return size
-
-    def _limit(self) -> None:
-        self.settimeout(min(max(0.001, self.deadline - time.monotonic()), threading.TIMEOUT_MAX))
-
-
-def connect_within(
-    scope: CancelScope, address: Tuple[str, int], seconds: float, *_: Any
-) -> DeadlineSocket:
-    """Connect to an address; ``seconds`` include the handshakes that follow."""
-
-    def connect(family: int, kind: int, protocol: int, _: str, target: Any) -> DeadlineSocket:
-        sock = DeadlineSocket(family, kind, protocol, seconds)
-        try:
-            scope.attach(sock)
-            sock.connect(target)
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-
     *others, last = socket.getaddrinfo(*address, 0, socket.SOCK_STREAM)
-    for info in others:
-        with contextlib.suppress(OSError):
-            return connect(*info)
-    return connect(*last)
+    for info in (*others, last):
+        deadline = time.monotonic() + seconds
+        try:
+            sock = socket.socket(*info[:3])
+            scope.attach(sock)
+            sock.settimeout(seconds)
+            sock.connect(info[4])
+            break
+        except OSError:
+            if info is last:
+                raise
+            if scope.sock:
+                scope.sock.close()
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.settimeout(None)
+    scope.deadline = min(scope.deadline, deadline)
+    return sock
+
+
+def open_tunnel(sock: socket.socket, url: str, host: str, port: int) -> None:
+    """Have a proxy connect a socket to an address; ConnectError if it does not."""
+    proxy = urllib.parse.urlsplit(url)
+    ask = ask_http_proxy if proxy.scheme == "http" else ask_socks_proxy
+    with sock.makefile("rb") as replies:  # reads no byte of the upstream: clients begin
+        problem = ask(sock, replies, url, host, port)
+    if problem:
+        raise ConnectError(f"the proxy {proxy.hostname} {problem} (check PROXY)")
+
+
+def ask_http_proxy(sock: socket.socket, replies: Any, url: str, host: str, port: int) -> str:
+    """Send CONNECT (RFC 9110, 9.3.6); return what the proxy does not do, or ""."""
+    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    fields = {"Host": target, **proxy_authorization(url)}
+    sock.sendall(request_head(f"CONNECT {target} HTTP/1.1", *fields.items()) + b"\r\n")
+    reply = re.match(rb"HTTP/1\.[01] ([0-9]{3})\b", replies.readline(MAX_HEAD_BYTES))
+    if reply and reply[1] != b"200":
+        return f"refused the connection with status {int(reply[1])}"
+    lines = (replies.readline(MAX_HEAD_BYTES).strip() for _ in range(MAX_HEADERS))
+    is_complete = reply is not None and not all(lines)
+    return "" if is_complete else "does not answer as an HTTP proxy does"
+
+
+def proxy_authorization(url: str) -> Dict[str, str]:
+    """Return the header with the credentials in a proxy's URL, if there are any."""
+    if urllib.parse.urlsplit(url).username is None:
+        return {}
+    credentials = base64.b64encode(b":".join(proxy_credentials(url))).decode()
+    return {"Proxy-Authorization": "Basic " + credentials}
+
+
+def ask_socks_proxy(sock: socket.socket, replies: Any, url: str, host: str, port: int) -> str:
+    """Log in and connect by SOCKS 5 (RFC 1928, 1929); return what failed, or "".
+
+    socks5:// looks up names here, socks5h:// lets the proxy do it. socks:// is what GNOME writes
+    into the environment for socks5://.
+    """
+    credentials = proxy_credentials(url)
+    sock.sendall(b"\5\2\0\2" if credentials[0] else b"\5\1\0")
+    method = replies.read(2)
+    if method == b"\5\2" and credentials[0]:
+        sock.sendall(b"\1" + b"".join(bytes([len(text)]) + text for text in credentials))
+        if replies.read(2)[1:] != b"\0":
+            return "rejected the user or the password"
+    elif method != b"\5\0":
+        return "is not SOCKS 5 or refuses this login"
+    address = socks_address(host, url.startswith("socks5h:"))
+    sock.sendall(b"\5\1\0" + address + port.to_bytes(2, "big"))
+    _, code, _, address_type = replies.read(4).ljust(4, b"\xff")
+    length = {1: 4, 4: 16}.get(address_type) or int.from_bytes(replies.read(1), "big")
+    replies.read(length + 2)  # the address that the proxy uses
+    return f"can't reach it (SOCKS reply {code})" if code else ""
+
+
+def socks_address(host: str, remote_names: bool) -> bytes:
+    """A host in RFC 1928's form: a type, then 4 bytes, 16 bytes or a counted name."""
+    try:
+        if not remote_names:
+            host = str(socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][4][0])
+        packed = ipaddress.ip_address(host).packed
+    except socket.gaierror as error:
+        raise ConnectError(connect_problem(error, host, "")) from error
+    except ValueError:
+        name = host.encode("idna")
+        return bytes([3, len(name)]) + name
+    return (b"\1" if len(packed) == 4 else b"\4") + packed
 
 
 class ConnectError(OSError):
@@ -2450,10 +2474,9 @@ class ConnectError(OSError):
 
 
 def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
-    """Reason why an upstream, or the proxy before it, can't be used; "" if unknown.
-
-    It names the host, but not the port: clients need not know the inner network.
-    """
+    """Reason why an upstream, or the proxy before it, can't be used; "" if unknown."""
+    # No ports: clients need not know the inner network.
+    proxy = address_of(proxy)[0] if proxy else ""
     where = f"the proxy {proxy}" if proxy else upstream
     if isinstance(error, ConnectError):
         return str(error)
@@ -2462,13 +2485,6 @@ def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
         return f"the name {proxy or upstream!r} can't be looked up (check {setting} and the DNS)"
     if isinstance(error, ConnectionRefusedError):
         return f"{where} refused the connection (check that it runs, and the port)"
-    if isinstance(error, OSError) and error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
-        return f"this server has no route to {where}"
-    if str(error).startswith("Tunnel connection failed: "):
-        status = str(error).partition(": ")[2][:3]
-        return f"{where} refused the connection with status {status} (check PROXY)"
-    if proxy and isinstance(error, http.client.HTTPException):
-        return f"{where} does not answer as an HTTP proxy does (check PROXY)"
     verify_message = getattr(error, "verify_message", "")
     if verify_message:
         return f"the certificate of {upstream} can't be verified: {verify_message} (set CA_FILE)"
@@ -2477,68 +2493,8 @@ def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
     return ""
 
 
-class SocksProxy:
-    """A SOCKS 5 proxy (RFC 1928, passwords: RFC 1929).
-
-    socks5:// looks up names here, socks5h:// lets the proxy do it. socks:// is what GNOME writes
-    into the environment for socks5://.
-    """
-
-    def __init__(self, url: str) -> None:
-        parts = urllib.parse.urlsplit(url)
-        self.host, self.port = str(parts.hostname), parts.port or 1080
-        self.remote_names = parts.scheme == "socks5h"
-        self.user, self.password = proxy_credentials(url)
-
-    def connect(self, scope: CancelScope, address: Tuple[str, int], *options: Any) -> socket.socket:
-        """Return a socket connected to an address; as connect_within()."""
-        sock = connect_within(scope, (self.host, self.port), *options)
-        try:
-            with sock.makefile("rb") as replies:  # reads no byte of the upstream: clients begin
-                problem = self._negotiate(sock, replies, *address)
-            if problem:
-                raise ConnectError(f"the proxy {self.host} {problem} (check PROXY)")
-            return sock
-        except BaseException:
-            sock.close()
-            raise
-
-    def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> str:
-        """Log in and have a connection opened; return what the proxy does not do, or ""."""
-        sock.sendall(b"\5\2\0\2" if self.user else b"\5\1\0")  # no login, or a password
-        chosen = replies.read(2)
-        if chosen != b"\5\0" and not (chosen == b"\5\2" and self.user):
-            return "is not SOCKS 5 or refuses this login"
-        if chosen == b"\5\2":
-            fields = [bytes([len(field)]) + field for field in (self.user, self.password)]
-            sock.sendall(b"\1" + b"".join(fields))
-            if replies.read(2)[1:] != b"\0":
-                return "rejected the user or the password"
-        sock.sendall(b"\5\1\0" + self._address(host, port) + port.to_bytes(2, "big"))
-        _, code, _, address_type = replies.read(4).ljust(4, b"\xff")
-        length = {1: 4, 4: 16}.get(address_type) or int.from_bytes(replies.read(1), "big")
-        replies.read(length + 2)  # the address that the proxy uses
-        return f"can't reach it (SOCKS reply {code})" if code else ""
-
-    def _address(self, host: str, port: int) -> bytes:
-        """A host in RFC 1928's form: a type, then 4 bytes, 16 bytes or a counted name."""
-        try:
-            if not self.remote_names:
-                host = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
-            packed = ipaddress.ip_address(host).packed
-        except socket.gaierror as error:
-            raise ConnectError(connect_problem(error, host, "")) from error
-        except ValueError:
-            name = host.encode("idna")
-            return bytes([3, len(name)]) + name
-        return (b"\1" if len(packed) == 4 else b"\4") + packed
-
-
 def is_persistent(http_minor: str, headers: Dict[str, str]) -> bool:
-    """Return whether the connection stays open after a message (RFC 9112, 9.3).
-
-    ``http_minor`` is the digit after "HTTP/1.".
-    """
+    """Return whether a connection outlasts a message of HTTP/1.x (RFC 9112, 9.3)."""
     if "connection" not in headers:
         return http_minor == "1"
     options = [option.strip().lower() for option in headers.get("connection", "").split(",")]
@@ -2546,18 +2502,12 @@ def is_persistent(http_minor: str, headers: Dict[str, str]) -> bool:
 
 
 def keepalive_seconds(headers: Dict[str, str]) -> float:
-    """Seconds for which an idle connection may be reused.
-
-    One second less than the server's Keep-Alive announces, or a request could cross its close.
-    """
+    """Seconds for which an idle connection may be reused."""
     keep_alive = headers.get("keep-alive")
     match = re.search(r"timeout=([0-9]{1,4})", keep_alive) if keep_alive else None
+    # One second less than the server's, or a request could cross its close.
     return max(0.0, float(match[1]) - 1) if match else 30.0
 
-
-# Makes one recv() of a blocking socket not block.
-DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
-PEEK = socket.MSG_PEEK | DONTWAIT
 
 try:
     from ssl import SSLEOFError as RaggedEnd, SSLWantReadError as WantRead
@@ -2566,11 +2516,9 @@ except ImportError:  # a Python without ssl
 
 
 def peek(sock: Any) -> Optional[bytes]:
-    """Peek at the next byte: b"" if the peer has closed, None if nothing has arrived."""
+    """Peek at a non-blocking socket: one byte, b"" if it is closed, None if empty."""
     try:
-        if not DONTWAIT and not select.select([sock], [], [], 0)[0]:  # Windows
-            return None
-        return socket.socket.recv(sock, 1, PEEK)
+        return socket.socket.recv(sock, 1, socket.MSG_PEEK)
     except BlockingIOError:
         return None
     except OSError:
@@ -2586,12 +2534,7 @@ def peer_has_closed(sock: socket.socket) -> bool:
     return peeked == b""
 
 
-TLS_CONTEXTS: Dict[str, Any] = {}  # by CA_FILE
-
-
-def tls_context(ca_file: str) -> Any:
-    """Return the TLS context with a file's certificates as they were last read."""
-    return TLS_CONTEXTS.get(ca_file) or read_tls_context(ca_file)
+TLS_CONTEXTS: Dict[str, Any] = {}  # by CA_FILE, as it was last read
 
 
 def read_tls_context(ca_file: str) -> Any:
@@ -2601,13 +2544,9 @@ def read_tls_context(ca_file: str) -> Any:
     context = ssl.create_default_context()
     if ca_file:
         context.load_verify_locations(ca_file)
-    # A connection that ends without close_notify was cut: without these two lines a truncated
-    # response would look complete. By default Python reports a clean EOF, and so does OpenSSL 3
-    # if Python sets this option (0x80, which older Pythons have no name for).
+    # A connection that ends without close_notify was cut. With this option, 0x80, which older
+    # Pythons have no name for, OpenSSL 3 would report it as complete.
     context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0x80)
-    context.wrap_socket = functools.partial(  # type: ignore[method-assign]
-        context.wrap_socket, suppress_ragged_eofs=False, do_handshake_on_connect=False
-    )
     TLS_CONTEXTS[ca_file] = context
     return context
 
@@ -2616,10 +2555,9 @@ class UpstreamResponse:
     """Response of an upstream: parses the head, then removes the body's framing.
 
     ``status`` is 0 until the head is complete. ``reused`` is set if the connection served another
-    request before. Transport.start_request sets ``timeouts``. One thread at a time.
+    request before. One thread at a time.
     """
 
-    timeouts: "Timeouts"
     has_begun = False  # a byte has arrived
     status = 0
     keep_alive = False
@@ -2628,32 +2566,28 @@ class UpstreamResponse:
     content: Optional[ContentDecoder] = None  # of a compressed body
     opening = b""  # the payload received first, or together with the head
     interim = 0  # number of 1xx responses so far
-    first_byte_deadline = math.inf  # until the first content
 
     def __init__(
         self, sock: Any, request: UpstreamRequest, reused: bool, pool: ConnectionPool
     ) -> None:
         self.sock, self.request, self.scope = sock, request, request.scope
-        self.reused, self.pool = reused, pool
+        self.reused, self.pool, self.timeouts = reused, pool, request.timeouts
+        self.first_byte_deadline = self.scope.deadline  # until the first content
         self.head_buffer = bytearray()  # an incomplete head
 
     def receive(self, data: bytes) -> bytes:
-        """Return the payload within bytes read from the socket; b"" is its end.
-
-        ProtocolError or ConnectionError if the response is malformed or incomplete.
-        """
+        """Return the payload within bytes of the socket, b"" at its end. NETWORK_ERRORS."""
         if data:
             if not self.status:
                 data = self._head(data)
             payload = self.body.feed(data) if data else b""
-            return self._expand(payload) if self.content else payload
-        if self.status and self.body.done:
-            return b""
-        self.scope.raise_if_cancelled()
-        if not self.status:
-            raise ConnectionError("the connection was closed without a response")
-        self.body.close()
-        return self._expand(b"") if self.content else b""
+        else:
+            self.scope.raise_if_cancelled()
+            if not self.status:
+                raise ConnectionError("the connection was closed without a response")
+            self.body.close()
+            payload = b""
+        return self._expand(payload) if self.content else payload
 
     def _expand(self, payload: bytes) -> bytes:
         """Decompress the payload; ProtocolError if the body ends within it."""
@@ -2665,19 +2599,16 @@ class UpstreamResponse:
 
     def _head(self, data: bytes) -> bytes:
         """Parse the head once it is complete; return the bytes after it."""
-        self.has_begun, scan_from = True, max(0, len(self.head_buffer) - 3)
-        buffer: Union[bytes, bytearray] = data
-        if self.head_buffer:
-            self.head_buffer += data
-            buffer = self.head_buffer
+        buffer = self.head_buffer
+        self.has_begun, scan_from = True, max(0, len(buffer) - 3)
+        buffer += data
         while not self.status:
             end = find_head_end(buffer, scan_from)
             if end < 0:
-                if buffer is not self.head_buffer:
-                    self.head_buffer = bytearray(buffer)
                 return b""
             (http_minor, status), self.headers = parse_head(bytes(buffer[:end]), parse_status_line)
-            buffer, scan_from = buffer[end + 4 :], 0
+            del buffer[: end + 4]
+            scan_from = 0
             if status >= 200:
                 self.status = status
             elif self.interim == MAX_INTERIM_RESPONSES:
@@ -2700,10 +2631,10 @@ class UpstreamResponse:
         except ValueError:
             # A hostile upstream could quote this server's key.
             name = f" {encoding!r}" if re.fullmatch("[a-z, ]{1,16}", encoding) else ""
-            raise truncated(
-                self.timeouts.upstream_name,
-                f"sent the Content-Encoding{name}, which was not asked for and is not supported",
-            ) from None
+            problem = (
+                f"sent the Content-Encoding{name}, which was not asked for and is not supported"
+            )
+            raise truncated(self.timeouts.upstream_name, problem) from None
 
     def read_head(self) -> None:
         """Block until the head is complete. APIError if the network fails."""
@@ -2727,16 +2658,6 @@ class UpstreamResponse:
         if is_cut(error) or in_body and isinstance(error, ProtocolError):
             failure.category = Category.CUT
         return failure
-
-    def make_nonblocking(self) -> int:
-        """Let recv() not block if called with the flags returned.
-
-        Where a flag is enough, the socket stays as it is: that saves two system calls per request.
-        """
-        if DONTWAIT and not hasattr(self.sock, "pending"):  # not TLS, which takes no flags
-            return DONTWAIT
-        self.sock.setblocking(False)
-        return 0
 
     def reset_idle_deadline(self, started: bool = True) -> None:
         """Set the deadline of the next read, or of the first content until it has arrived."""
@@ -2779,24 +2700,19 @@ class UpstreamResponse:
             for part in self.iter_bytes(started=False):
                 data += part
                 if len(data) > limit:
-                    name = self.timeouts.upstream_name
-                    raise truncated(name, f"sent more than {limit} bytes")
+                    raise truncated(self.timeouts.upstream_name, f"sent more than {limit} bytes")
         finally:
             self.close()
         return bytes(data)
 
     def close(self) -> None:
-        """Return the connection to the pool after a complete response, else close it.
-
-        Closing makes the upstream stop generating.
-        """
+        """Return the connection to the pool; after an incomplete response close it."""
         sock, self.sock = self.sock, None
         if sock is None:
             return
         self.scope.detach()
         if self.keep_alive and self.body.done and not self.body.trailing_data:
-            seconds = keepalive_seconds(self.headers)
-            self.pool.release(self.request.connection_key, sock, seconds)
+            self.pool.release(sock, keepalive_seconds(self.headers))
         else:
             sock.close()
 
@@ -2806,11 +2722,9 @@ class Timeouts:
 
     def __init__(self, upstream_name: str, first: float, idle: float) -> None:
         self.upstream_name, self.first, self.idle = upstream_name, first, idle
+        self.connect_message = f"{upstream_name} could not be reached in time."
         self.first_byte_message = f"{upstream_name} did not answer within {first:g} seconds."
         self.idle_message = f"{upstream_name} sent nothing for {idle:g} seconds."
-
-
-cached_timeouts = functools.lru_cache(maxsize=256)(Timeouts)
 
 
 class Transport:
@@ -2829,24 +2743,22 @@ class Transport:
         headers: Dict[str, str],
     ) -> None:
         self.upstream_name = upstream_name
-        defaults = {"User-Agent": settings.user_agent, "Accept-Encoding": "identity"}
-        self.headers = {name.title(): value for name, value in {**defaults, **headers}.items()}
+        first = options.first_byte_timeout or settings.first_byte_timeout
+        idle, short = options.idle_timeout or settings.idle_timeout, settings.session_timeout
+        self.timeouts = Timeouts(upstream_name, first, idle)
+        self.short_timeouts = Timeouts(upstream_name, short, short)
         self.connect_timeout = options.connect_timeout or settings.connect_timeout
-        self.first_byte_timeout = options.first_byte_timeout or settings.first_byte_timeout
-        self.idle_timeout = options.idle_timeout or settings.idle_timeout
-        self.host = urllib.parse.urlsplit(base).hostname or ""
-        self.proxy_host = urllib.parse.urlsplit(options.proxy).hostname or ""
-        self.session_timeout = settings.session_timeout
-        self.connections = ConnectionPool(settings.ca_file, options.proxy)
+        self.base, self.proxy = base, options.proxy if options.proxy != "none" else ""
+        self.connections = ConnectionPool(base, self.proxy, settings.ca_file)
         # Not build_opener(): that would follow redirects with the key attached, open file: and
         # ftp: URLs, and read the environment's proxies past the settings.
         self.opener = urllib.request.OpenerDirector()
         self.opener.addheaders = []
         self.opener.add_handler(self.connections)
-        http_proxy = options.proxy if options.proxy.startswith("http:") else ""
-        self.new_request = functools.lru_cache(maxsize=64)(
-            lambda path: UpstreamRequest(base + path, http_proxy)
-        )
+        login = proxy_authorization(self.proxy) if self.connections.forwarded else {}
+        defaults = {"User-Agent": settings.user_agent, "Accept-Encoding": "identity"}
+        titled = {name.title(): value for name, value in {**defaults, **headers}.items()}
+        self.headers = {"Host": base.split("/")[2], **login, **titled}
 
     def start_request(
         self,
@@ -2855,34 +2767,26 @@ class Transport:
         scope: CancelScope,
         data: Union[bytes, bytearray, None] = None,
         headers: Optional[Dict[str, str]] = None,
-        first_byte: Optional[float] = None,
+        short: bool = False,
         retry_reason: str = "",
     ) -> UpstreamResponse:
         """Send a request and return before its response arrives.
 
-        ``first_byte`` replaces both timeouts of the response, in seconds. With a ``retry_reason``
-        the connection is a new one. APIError 502, 503 or 504 if the request can't be sent.
+        A ``short`` response has to come within SESSION_TIMEOUT. With a ``retry_reason`` the
+        connection is a new one. APIError 502, 503 or 504 if the request can't be sent.
         """
-        timeouts = cached_timeouts(
-            self.upstream_name,
-            first_byte or self.first_byte_timeout,
-            first_byte or self.idle_timeout,
-        )
-        scope.set_deadline(timeouts.first, timeouts.first_byte_message)
-        request = self.new_request(path).copy(
-            {**self.headers, **headers} if headers else self.headers,
-            method=method,
-            body=data,
-            scope=scope,
-            retry_reason=retry_reason,
-        )
+        timeouts = self.short_timeouts if short else self.timeouts
+        fields = {**self.headers, **headers} if headers else self.headers
+        url = self.base + path
+        request = UpstreamRequest(method, url, fields, data, scope, timeouts, retry_reason)
+        if self.connections.forwarded:
+            request.set_proxy(self.proxy, "http")
         try:
             response: UpstreamResponse = self.opener.open(request, timeout=self.connect_timeout)
+            return response
         except NETWORK_ERRORS as error:
-            reason = connect_problem(error, self.host, self.proxy_host)
+            reason = connect_problem(error, self.connections.address[0], self.proxy)
             raise upstream_error(error, scope, self.upstream_name, reason) from error
-        response.timeouts, response.first_byte_deadline = timeouts, scope.deadline
-        return response
 
     def fetch(self, method: str, path: str, scope: CancelScope, **options: Any) -> UpstreamResponse:
         """Send a request and wait for the head of its response; as start_request()."""
@@ -2898,8 +2802,7 @@ class Transport:
         self, path: str, scope: Optional[CancelScope] = None, **options: Any
     ) -> Tuple[UpstreamResponse, Any]:
         """GET a short answer within SESSION_TIMEOUT, and its body: None if it is not JSON."""
-        options["first_byte"] = self.session_timeout
-        response = self.fetch("GET", path, scope or CancelScope(), **options)
+        response = self.fetch("GET", path, scope or CancelScope(), short=True, **options)
         return response, json_or_none(response.read(limit=MAX_SHORT_BODY))
 
 
@@ -2919,7 +2822,7 @@ def retrying(send: Callable[[str], T]) -> T:
             reason = error.code or ""
 
 
-NETWORK_ERRORS = (OSError, ProtocolError, http.client.HTTPException)
+NETWORK_ERRORS = (OSError, ProtocolError)
 
 
 # Errors of a machine without descriptors, buffers or memory for another socket.
@@ -2933,32 +2836,24 @@ def is_exhausted(error: Exception) -> bool:
         try:
             socket.socket().close()
         except OSError as cause:
-            return cause.errno in EXHAUSTED
-        return False
+            error = cause
     return isinstance(error, OSError) and error.errno in EXHAUSTED
 
 
-class ExhaustionLog:
-    """Logs that this machine lacks resources, at most once in 10 seconds. Any thread."""
-
-    logged_at = -math.inf  # by time.monotonic()
-
-    def __call__(self, message: str, error: Exception) -> None:
-        now = time.monotonic()
-        if now >= self.logged_at + 10.0:
-            self.logged_at = now
-            log.error("%s: %s", message, error)
+exhaustion_logged_at = -math.inf  # by time.monotonic()
 
 
-log_exhaustion = ExhaustionLog()
+def log_exhaustion(message: str, error: Exception) -> None:
+    """Log that this machine lacks resources, at most once in 10 seconds. Any thread."""
+    global exhaustion_logged_at
+    now = time.monotonic()
+    if now >= exhaustion_logged_at + 10.0:
+        exhaustion_logged_at = now
+        log.error("%s: %s", message, error)
 
 
 def upstream_error(
-    error: Exception,
-    scope: CancelScope,
-    upstream_name: str,
-    reason: str = "",
-    in_body: bool = False,
+    error: Exception, scope: CancelScope, name: str, reason: str = "", in_body: bool = False
 ) -> APIError:
     """Translate a network exception; raises the scope's reason if it was cancelled.
 
@@ -2967,16 +2862,22 @@ def upstream_error(
     """
     scope.raise_if_cancelled()
     if is_exhausted(error):
-        return exhausted_error(error)
+        log_exhaustion(
+            "this server has no descriptors or memory left for connections to upstreams", error
+        )
+        message = "This server is out of resources for more requests."
+        return APIError(503, message, code="overloaded", retry_after=1, category=Category.LOCAL)
     if not isinstance(error, NETWORK_ERRORS):
-        return unexpected_error(error, upstream_name)
-    reason = reason or tls_problem(error)
+        return unexpected_error(error, name)
+    tls_reason = "" if is_cut(error) else str(getattr(error, "reason", ""))
+    if tls_reason and not reason:
+        reason = f"TLS failed ({tls_reason.lower().replace('_', ' ')})"
     if reason:
-        message = f"{upstream_name} could not be reached: {reason}."
+        message = f"{name} could not be reached: {reason}."
         log.warning("%s", message)
     else:
-        message = f"{upstream_name}{network_problem(error, in_body)}."
-        log.info("%s: %s: %s", upstream_name, type(error).__name__, error)
+        message = f"{name}{network_problem(error, in_body)}."
+        log.info("%s: %s: %s", name, type(error).__name__, error)
     status = 504 if isinstance(error, (socket.timeout, TimeoutError)) else 502
     return APIError(status, message, category=Category.NETWORK, reason=reason)
 
@@ -2985,7 +2886,7 @@ def network_problem(error: Exception, in_body: bool) -> str:
     """End of an error message about a connection, after the upstream's name."""
     if isinstance(error, (socket.timeout, TimeoutError)):
         return " could not be reached in time"
-    if isinstance(error, (http.client.HTTPException, ProtocolError)):
+    if isinstance(error, ProtocolError):
         cut = ": connection lost: it broke off its answer"
         return cut if in_body else ": it sent something that is not HTTP"
     if is_cut(error):
@@ -3000,36 +2901,15 @@ def is_cut(error: Exception) -> bool:
     return is_eof or isinstance(error, ConnectionError)
 
 
-def tls_problem(error: Exception) -> str:
-    """Reason why TLS failed; "" if something else did."""
-    reason = "" if is_cut(error) else str(getattr(error, "reason", ""))
-    return f"TLS failed ({reason.lower().replace('_', ' ')})" if reason else ""
-
-
-def exhausted_error(error: Exception) -> APIError:
-    """503: this machine has no descriptors or memory left; logged now and then."""
-    log_exhaustion(
-        "this server has no descriptors or memory left for connections to upstreams", error
-    )
-    message = "This server is out of resources for more requests."
-    return APIError(503, message, code="overloaded", retry_after=1, category=Category.LOCAL)
-
-
 def unexpected_error(error: Exception, upstream_name: str) -> APIError:
-    """Wrap an exception that a decoder or controller raised, as a 502.
-
-    Upstream.log_exception logs its traceback.
-    """
+    """Wrap a decoder's or controller's bug as a 502; Upstream.log_exception logs it."""
     failure = truncated(upstream_name, "failed unexpectedly")
     failure.bug = error
     return failure
 
 
 def controller_error(error: Exception, name: str) -> APIError:
-    """Return the APIError for an exception of a controller; raises ClientDisconnected.
-
-    Without it a bug in one controller would end the request instead of failing over.
-    """
+    """Return the APIError for an exception of a controller; raises ClientDisconnected."""
     if isinstance(error, ClientDisconnected):
         raise error
     return error if isinstance(error, APIError) else unexpected_error(error, name)
@@ -3058,7 +2938,7 @@ class Step(Generic[Input]):
     """
 
     error: Optional[APIError] = None  # ends the answer, to be raised after the events returned
-    started = False  # content has arrived; an opening alone may still fail over
+    started = False  # content has arrived, even without events
     complete = False  # the answer is complete; a Finish event says so as well
     stopped = False  # a filter has ended the answer, so the upstream should stop
     has_fast_path = False  # fast_path() may succeed
@@ -3073,10 +2953,7 @@ class Step(Generic[Input]):
         return []
 
     def fast_path(self, data: bytes) -> bytes:
-        """Return what is sent for data that needs no parsing, else b"".
-
-        It is in the middle of a stream; text is returned as a JSON string.
-        """
+        """Return mid-stream data that needs no parsing, or its text as JSON; else b""."""
         return b""
 
     def is_passthrough(self, text: str) -> bool:
@@ -3100,7 +2977,6 @@ class DecoderChain(Decoder):
         for step in self.filters:
             events = step.feed(events)
             self.stopped = self.stopped or step.stopped
-        self.started = self.started or bool(events)
         self.error = self.decoder.error
         return events + self.flush() if self.error else events
 
@@ -3170,11 +3046,8 @@ MAX_TOOL_CALLS = 10000  # in one answer
 
 
 def take_complete_lines(buffer: bytearray, data: bytes) -> bytes:
-    """Append data to a buffer of lines; remove and return the complete lines.
-
-    Only the new data is scanned, so that a long line costs linear time.
-    """
-    # A CR at the very end may be the first half of CR LF.
+    """Append data to a buffer of lines; remove and return the complete lines."""
+    # Only new data is scanned, as time must be linear. A final CR may be half of a CR LF.
     end = max(data.rfind(b"\n"), data.rfind(b"\r", 0, len(data) - 1)) + 1
     if not end:
         buffer += data
@@ -3259,19 +3132,17 @@ def too_many_calls(upstream_name: str) -> APIError:
 class EventStream:
     """Events of one response, pushed by the loop or iterated by a worker thread.
 
-    One thread at a time.
     ``make_decoder(response)`` is called when the head is complete; it returns the decoder of the
-    body or raises the APIError that the head stands for. receive() turns bytes into events.
-    ``error`` is the error that ends the answer, to be raised after these events. ``complete``: the
-    answer is complete; ``at_eof``: nothing more is to be read from the socket.
+    body or raises the APIError that the head stands for.
     """
 
     DRAIN_TIMEOUT = 1.0  # seconds for an upstream to end its message after a complete answer
     MAX_OPENING = 1024  # bytes of blanks before a body
     decoder: Any = None  # a Decoder, once the head is complete
     started = False  # the first content has arrived: now the idle timeout applies
-    complete = at_eof = False
-    error: Optional[Exception] = None
+    complete = False  # the answer is complete
+    at_eof = False  # nothing more is to be read from the socket
+    error: Optional[Exception] = None  # ends the answer, to be raised after the events returned
     byte_budget = math.inf  # payload bytes still allowed
 
     def __init__(
@@ -3297,7 +3168,7 @@ class EventStream:
             if payload and not self.complete:
                 events = decoder.feed(payload)
                 self.error = decoder.error
-                if not self.started and decoder.started:
+                if not self.started and (events or decoder.started):
                     self.started = True
                     response.scope.timeout_message = response.timeouts.idle_message
                 if decoder.complete or events and type(events[-1]) is Finish:
@@ -3326,21 +3197,14 @@ class EventStream:
         )
 
     def mark_complete(self) -> None:
-        """Ignore what follows the answer, but give the upstream time to end its message.
-
-        The connection can then be reused. An answer that a filter has ended is cut off instead.
-        """
+        """Let the upstream end its message, so that its connection can be reused."""
         self.started = self.complete = True
-        self.error, self.at_eof = None, self.decoder.stopped
-        self.response.timeouts = cached_timeouts(
-            self.response.timeouts.upstream_name, self.DRAIN_TIMEOUT, self.DRAIN_TIMEOUT
-        )
+        self.error, self.at_eof = None, self.decoder.stopped  # an answer that a filter ended is cut
+        name = self.response.timeouts.upstream_name
+        self.response.timeouts = Timeouts(name, self.DRAIN_TIMEOUT, self.DRAIN_TIMEOUT)
 
     def on_network_error(self, error: Exception) -> List[Event]:
-        """End the answer with an error of the network or the decoder.
-
-        Returns the events that were held back. After a complete answer errors are ignored.
-        """
+        """End an incomplete answer with an error; return the events held back."""
         self.at_eof = True
         if self.complete:
             return []
@@ -3372,6 +3236,61 @@ class EventStream:
 
     def close(self) -> None:
         self.response.close()
+
+
+# Names of token counts in chat completions, by those of Anthropic, Responses and others.
+COUNT_NAMES = {
+    alias: name
+    for name, aliases in {
+        "prompt_tokens": "input_tokens promptTokens inputTokens",
+        "completion_tokens": "output_tokens completionTokens outputTokens",
+        "total_tokens": "",
+        "cached_tokens": "prompt_cache_hit_tokens cache_read_input_tokens",
+        "cache_write_tokens": "cache_creation_tokens cache_creation_input_tokens",
+        "reasoning_tokens": "thinking_tokens",
+    }.items()
+    for alias in (name, *aliases.split())
+}
+
+
+def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
+    """Return a usage under the names of chat completions; None without both counts."""
+    fields = as_dict(value)
+    counts = token_counts(fields)
+    prompt, completion = counts.get("prompt_tokens"), counts.get("completion_tokens")
+    if prompt is None or completion is None:
+        return None
+    if fields.get("prompt_tokens") is None:  # Anthropic counts cached tokens apart
+        for name in ("cache_read_input_tokens", "cache_creation_input_tokens"):
+            prompt += count_or_none(fields.get(name)) or 0
+    total = counts.get("total_tokens") or prompt + completion
+    reasoning = counts.get("reasoning_tokens")
+    if reasoning and total == prompt + completion + reasoning:
+        completion += reasoning  # xAI and others count reasoning apart
+    usage: Dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": completion}
+    usage["total_tokens"] = total
+    for name in ("cached_tokens", "cache_write_tokens", "reasoning_tokens"):
+        kind = "completion" if name == "reasoning_tokens" else "prompt"
+        if counts.get(name):
+            details = usage.setdefault(f"{kind}_tokens_details", {})
+            details[name] = min(counts[name], usage[f"{kind}_tokens"] - sum(details.values()))
+    return {**usage, "estimated": True} if is_estimated(fields) else usage
+
+
+def token_counts(fields: Dict[str, Any]) -> Dict[str, int]:
+    """Return the counts of a usage, by their names in chat completions.
+
+    Of several names or places of a count, the first above 0 rules; but the name in chat completions
+    before any other, and the usage itself before its details.
+    """
+    counts: Dict[str, int] = {}
+    details = [fields[name] for name in fields if name.endswith("_tokens_details")]
+    for source in map(as_dict, [*details, fields]):
+        for alias in filter(COUNT_NAMES.__contains__, source):
+            name, count = COUNT_NAMES[alias], count_or_none(source[alias])
+            if count is not None and (not counts.get(name) or count and alias == name):
+                counts[name] = count
+    return counts
 
 
 # == 8. filters ===============================================================================
@@ -5246,9 +5165,8 @@ def session_cookie(set_cookie: str) -> Tuple[str, float]:
 class AkashLogin:
     """A controller's own cookie; a login in it is kept alive. Any thread.
 
-    Auth0's library lets a login end a day after it last renewed the cookie ``appSession`` (or
-    ``appSession.0``, ``appSession.1`` ...), which only GET /api/auth/me/ does. A request with a
-    login that has ended succeeds, but counts as anonymous.
+    Auth0's library ends a login a day after GET /api/auth/me/ last renewed its cookie or cookies
+    (appSession.0 ...). With a login that has ended, requests succeed, but count as anonymous.
     """
 
     PATH = "/api/auth/me/"
@@ -5286,43 +5204,30 @@ class AkashLogin:
         except APIError as error:
             log.info("%s: login not renewed: %s", self.name, error.message)
             return
-        states = {200: "active", 204: "ended", 401: "ended"}
-        if response.status not in states or is_challenge_page(response):
+        state = {200: "active", 204: "ended", 401: "ended"}.get(response.status)
+        if state is None or is_challenge_page(response):
             log.info("%s: login not renewed (status %d)", self.name, response.status)
             return
-        before, self.state = self.state, states[response.status]
-        self.renew_at = self.clock() + self.INTERVAL
-        if self.state == "active":
-            self._keep(response.headers.get("set-cookie", ""))
-        elif before != "ended":
+        if state == "ended" != self.state:
             log.warning("%s: %s", self.name, self.ENDED)
-
-    def _keep(self, set_cookie: str) -> None:
-        """Put the login's new cookies in the place of its old ones."""
-        matches = map(self.COOKIE.match, set_cookie.split("\n"))
+        self.state, self.renew_at = state, self.clock() + self.INTERVAL
+        matches = map(self.COOKIE.match, response.headers.get("set-cookie", "").split("\n"))
         renewed = [match[0] for match in matches if match]
-        if renewed:
+        if state == "active" and renewed:
             pairs = (pair.strip() for pair in self.cookie.split(";"))
             others = [pair for pair in pairs if pair and not self.COOKIE.match(pair)]
             self.set_cookie("; ".join([*others, *renewed]))
 
 
+# fmt: off
 # Parameters that Akash Chat can't honour, each with the values that are harmless.
 AKASH_UNSUPPORTED: Dict[str, List[Any]] = {
-    "tools": [[]],
-    "functions": [[]],
-    "tool_choice": ["none", "auto"],
-    "function_call": ["none", "auto"],
-    "n": [1],
-    "best_of": [1],
-    "logprobs": [False, 0],
-    "top_logprobs": [0],
-    "audio": [],
-    "modalities": [["text"]],
+    "tools": [[]], "functions": [[]],
+    "tool_choice": ["none", "auto"], "function_call": ["none", "auto"],
+    "n": [1], "best_of": [1], "logprobs": [False, 0], "top_logprobs": [0],
+    "audio": [], "modalities": [["text"]], "suffix": [""],
     "response_format": [{"type": "text"}, {"type": "json_object"}],
-    "suffix": [""],
 }
-# fmt: off
 AKASH_SUPPORTED = {
     "model", "messages", "stream", "stream_options", "temperature", "top_p", "topP",
     "stop", "max_tokens", "max_completion_tokens",
@@ -5336,25 +5241,21 @@ ESCAPED = "<|\u2060"
 
 
 def akash_request(model: str, chat: Dict[str, Any]) -> Tuple[Dict[str, Any], List[str]]:
-    """Build the body for POST /api/chat/; also return the parameters left out of it.
-
-    APIError 400 if the chat needs anything that Akash Chat does not support.
-    """
+    """Build the body of POST /api/chat/, and list what it leaves out. APIError 400."""
     body = {name: value for name, value in chat.items() if value is not None}
-    unsupported = [name for name in body if name not in AKASH_SUPPORTED]
-    for name in unsupported:
-        if name in AKASH_UNSUPPORTED and body[name] not in AKASH_UNSUPPORTED[name]:
-            raise bad_request(
-                f"Akash Chat does not support {name!r}"
-                f"{' above 1' if name in ('n', 'best_of') else ''}.",
-                name,
-                "unsupported_parameter",
-            )
+    for name, value in body.items():
+        if value not in AKASH_UNSUPPORTED.get(name, [value]):
+            above = " above 1" if name in ("n", "best_of") else ""
+            message = f"Akash Chat does not support {name!r}{above}."
+            raise bad_request(message, name, "unsupported_parameter")
+    known = AKASH_SUPPORTED | AKASH_UNSUPPORTED.keys()
+    ignored = [name for name in body if name not in known]
+    # Clients that ask for a JSON object also say so in a message: the model does its best.
+    if body.get("response_format") == {"type": "json_object"}:
+        ignored.append("response_format")
     system: List[str] = []
     messages: List[Dict[str, Any]] = []
     files: List[Dict[str, str]] = []
-    # Clients that ask for a JSON object also say so in a message: the model does its best.
-    json_mode = ["response_format"] * (body.get("response_format") == {"type": "json_object"})
     for index, message in enumerate(as_list(body.get("messages"))):
         if message.get("role") in ("system", "developer"):
             system.append(_content(message, f"messages[{index}]", files)[0])
@@ -5374,7 +5275,7 @@ def akash_request(model: str, chat: Dict[str, Any]) -> Tuple[Dict[str, Any], Lis
         "temperature": number_field(body, "temperature", 0.85) or 1e-6,
         "topP": number_field(body, "topP" if "topP" in body else "top_p", 1.0) or 1e-6,
         "context": files,
-    }, [*(name for name in unsupported if name not in AKASH_UNSUPPORTED), *json_mode]
+    }, ignored
 
 
 def refused(param: str, words: str) -> APIError:
@@ -5482,12 +5383,9 @@ def stop_sequences(body: Dict[str, Any]) -> List[str]:
     if len(stops) > 4:
         raise bad_request("'stop' may contain at most four strings.", "stop")
     if any(len(stop) > MAX_STOP_LENGTH for stop in stops):
-        raise bad_request(
-            "Invalid 'stop': string too long."
-            f" Expected strings with maximum length {MAX_STOP_LENGTH}.",
-            "stop",
-            "string_above_max_length",
-        )
+        message = "Invalid 'stop': string too long. Expected strings with maximum length"
+        code = "string_above_max_length"
+        raise bad_request(f"{message} {MAX_STOP_LENGTH}.", "stop", code)
     return [stop for stop in stops if stop]
 
 
@@ -5512,10 +5410,7 @@ AKASH_ERRORS: List[Tuple[int, Optional[str], str]] = [
 
 
 def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
-    """Return the APIError for an error part of the stream, without internal addresses.
-
-    The message comes from the backend of Akash Chat, usually LiteLLM; limits apply to the model.
-    """
+    """Return the APIError for the message of Akash Chat's backend, usually LiteLLM."""
     text = text[:4000]
     named_status = litellm_status(text)
     status, code = next(
@@ -5538,21 +5433,16 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
         error.upstream_status = None
         return error
     wait = retry_after_seconds({}, {}, message=text)
-    is_limit = status == 429 or status >= 500 and wait is not None
-    return APIError(
-        {500: 502, 529: 503}.get(status, status),
-        message,
-        code=code,
-        category=Category.RATE_LIMIT if is_limit else None,
-        cooldown_scope="model" if is_limit else "controller",
-        retry_after=wait if is_limit else None,
-    )
+    error = APIError({500: 502, 529: 503}.get(status, status), message, code=code)
+    if status == 429 or status >= 500 and wait is not None:
+        error.category, error.cooldown_scope, error.retry_after = Category.RATE_LIMIT, "model", wait
+    return error
 
 
 def first_line(message: str, secrets: Iterable[str]) -> str:
     """Return the first line of a message without its wrapping, secrets and addresses."""
-    line = inner_message(message).split("\n")[0]
-    return redact_hosts(redact(line, secrets))[:300]
+    line = redact(inner_message(message).split("\n")[0], secrets)
+    return _ADDRESS.sub("(address)", line[:1000])[:300]  # the first limit bounds the pattern's time
 
 
 def image_failed(message: str, status: int = 502, retry: bool = False) -> APIError:
@@ -5567,16 +5457,10 @@ def no_image(words: str) -> APIError:
     return bad_request(message, "prompt", "no_image")
 
 
-def redact_hosts(text: str) -> str:
-    """Replace addresses by "(address)": errors may name an upstream's internal hosts."""
-    text = text[:1000]  # bounds the time of the patterns below
-    text = re.sub(r"(?<![a-z])[a-z]+://[^\s'\"]+", "(address)", text, flags=re.I)
-    return _ADDRESS.sub("(address)", text)
-
-
 # fmt: off
-_ADDRESS = re.compile(
-    r"(?:\b\d{1,3}(?:\.\d{1,3}){3}"                          # IPv4
+_ADDRESS = re.compile(  # errors may name an upstream's internal hosts
+    r"(?:(?<![a-z])[a-z]+://[^\s'\"]+"                        # URL
+    r"|\b\d{1,3}(?:\.\d{1,3}){3}"                             # IPv4
     r"|(?<![0-9a-z:])\[?[0-9a-f:]*::[0-9a-f:.]*\]?"           # IPv6 with "::"
     r"|(?<![a-z0-9.-])[a-z0-9-]+(?:\.[a-z0-9-]+)+(?=:\d)"     # host.domain:port
     r"|(?<![a-z0-9-])[a-z0-9-]+(?=:\d{2,5}\b)"                # host:port
@@ -5690,8 +5574,6 @@ class AkashDecoder(Decoder):
             self._tool(event, out)
         elif event_type in ("error", "tool-input-error"):
             self.error = akash_error(str(event.get("errorText", "")), self.model, self.secrets)
-        elif event_type == "abort":
-            self._fail("Akash Chat aborted its answer.")
         elif event_type == "finish":
             self._finish(event, out)
 
@@ -5737,7 +5619,7 @@ class AkashDecoder(Decoder):
         usage = metadata.get("totalUsage") or metadata.get("usage") or event.get("usage")
         if reason in self.FINISH_REASONS:
             self.complete = True
-            out.append(Finish(reason.replace("-", "_"), _akash_usage(usage)))
+            out.append(Finish(reason.replace("-", "_"), chat_usage(usage)))
         elif reason == "error":
             self._fail("Akash Chat failed in the middle of its answer.")
         else:
@@ -5754,10 +5636,8 @@ def akash_decoder(model: str, secrets: Iterable[str], *filters: Filter) -> Decod
 
 
 def is_challenge_page(response: UpstreamResponse) -> bool:
-    """Whether a proxy before the server wants a browser, as a CDN's challenge does.
-
-    Pages with 429 or a 5xx only say that the server is overloaded or down.
-    """
+    """Whether a proxy before the server wants a browser, as a CDN's challenge does."""
+    # Pages with 429 or a 5xx only say that the server is overloaded or down.
     is_page = response.headers.get("content-type", "").startswith("text/html")
     return "cf-mitigated" in response.headers or (
         is_page and response.status != 429 and response.status < 500
@@ -5768,15 +5648,11 @@ def challenge_page_error(response: UpstreamResponse) -> APIError:
     """Return the 502 for a challenge page, without any of its HTML; also log it."""
     name = urllib.parse.urlsplit("//" + response.request.fields["Host"]).hostname
     reason = f"{name}: {CHALLENGE_PAGE}"
-    log.warning("%s (status %d)", reason, response.status)
-    return APIError(
-        502,
-        f"{reason} (status {response.status})",
-        code="upstream_blocked",
-        category=Category.CUT,
-        upstream_status=response.status,
-        reason=reason,
-    )
+    message = f"{reason} (status {response.status})"
+    log.warning("%s", message)
+    error = APIError(502, message, code="upstream_blocked", category=Category.CUT, reason=reason)
+    error.upstream_status = response.status
+    return error
 
 
 ENDED_EARLY = "Akash Chat: connection lost: it ended its answer early."
@@ -5785,23 +5661,6 @@ CHALLENGE_PAGE = (
     "A proxy in front of Akash Chat answered with a web page: set AKASH_COOKIE and USER_AGENT as"
     " in a browser that gets past it, or set PROXY."
 )
-
-
-def _akash_usage(usage: Any) -> Optional[Dict[str, int]]:
-    """Convert the AI SDK's usage to OpenAI's; None unless both counts are given.
-
-    Both are null if the backend reports no usage, which akash-chat does not request.
-    """
-    usage = as_dict(usage)
-    prompt = count_or_none(usage.get("promptTokens", usage.get("inputTokens")))
-    completion = count_or_none(usage.get("completionTokens", usage.get("outputTokens")))
-    if prompt is None or completion is None:
-        return None
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-    }
 
 
 # AkashGen's answer. akash-chat (f0a4ae0, b58259a) builds the line by string concatenation and
@@ -5827,15 +5686,15 @@ def parse_image_job(body: bytes) -> Optional[Tuple[str, str]]:
     return match[1], prompt.replace("\\'", "'")
 
 
+@dataclass(eq=False)
 class ImageBatch:
     """The image jobs of one request."""
 
-    def __init__(self, key: Tuple[str, str, str]) -> None:
-        self.key = key  # of the request: its client, path and body
-        self.jobs: List[Tuple[str, str]] = []  # (job ID, prompt)
-        self.lock = threading.Lock()  # held while a job is being started
-        self.cancellation: Optional[Cancellation] = None  # of the request, until it has ended
-        self.expires_at = math.inf
+    key: Tuple[str, str, str]  # of the request: its client, path and body
+    cancellation: Optional[Cancellation] = None  # of the request, until it has ended
+    expires_at: float = math.inf
+    jobs: List[Tuple[str, str]] = field(default_factory=list)  # (job ID, prompt)
+    lock: Any = field(default_factory=threading.Lock)  # held while a job is being started
 
 
 class AkashImages:
@@ -5850,7 +5709,7 @@ class AkashImages:
 
     def __init__(self, akash: "AkashController", clock: Callable[[], float]) -> None:
         self.akash, self.clock, self.lock = akash, clock, threading.RLock()
-        self.batches: OrderedDict[ImageBatch, None] = OrderedDict()
+        self.batches: Deque[ImageBatch] = deque(maxlen=self.MAX_BATCHES)
 
     def find(self, call: Call) -> ImageBatch:
         """Return the batch that the call repeats, or a new one."""
@@ -5869,10 +5728,8 @@ class AkashImages:
             batch = self.find(call)
             batch.cancellation = call.cancellation
             batch.expires_at = self.clock() + self.KEPT_SECONDS
-            self.batches[batch] = None
-            self.batches.move_to_end(batch)
-            if len(self.batches) > self.MAX_BATCHES:
-                self.batches.popitem(last=False)
+            if batch not in self.batches:
+                self.batches.append(batch)
         return batch
 
     def events(self, call: Call, data: bytes) -> Iterator[Event]:
@@ -5888,8 +5745,8 @@ class AkashImages:
             raise
         finally:
             with self.lock:
-                if not may_be_repeated:
-                    self.batches.pop(batch, None)
+                if batch in self.batches and not may_be_repeated:
+                    self.batches.remove(batch)
                 elif batch.cancellation is call.cancellation:  # no repeat has joined it yet
                     batch.cancellation = None  # whose reason would keep the request in memory
 
@@ -6053,19 +5910,12 @@ class AkashController(Controller):
             return self.images.events(call, bytes(data))
         self._check_context(call, body)
         cookie = self.session.get(call.scope)
-        reason = call.attempt.retry_reason
-        response = self._send(
-            "POST", self.CHAT_PATH, call.scope, cookie, data=data, retry_reason=reason
-        )
-        return EventStream(
-            response, lambda response: self._decoder(call, response, stop_filter, cookie)
-        )
+        options = {"data": data, "retry_reason": call.attempt.retry_reason}
+        response = self._send("POST", self.CHAT_PATH, call.scope, cookie, **options)
+        return EventStream(response, functools.partial(self._decoder, call, stop_filter, cookie))
 
     def _check_context(self, call: Call, body: Dict[str, Any]) -> None:
-        """Note that Akash Chat will cut the conversation, or refuse it; APIError 400.
-
-        Compares an estimate of the prompt's tokens, as Akash Chat counts them.
-        """
+        """Note or, with APIError 400, refuse a conversation that Akash Chat would cut."""
         messages = [*body["messages"], *body["context"]]
         texts = [body["system"], *(message["content"] for message in messages)]
         tokens = tokens_of(sum(map(token_units, texts)))
@@ -6077,15 +5927,11 @@ class AkashController(Controller):
         if tokens <= room:
             return
         if (self.options.context_overflow or self.settings.context_overflow) == "refuse":
-            raise APIError(
-                400,
-                f"This model's maximum context length is {limit} tokens, of which Akash Chat keeps "
-                f"{AKASH_RESERVED}; your messages have about {tokens} tokens.",
-                param="messages",
-                code="context_length_exceeded",
-                category=Category.REFUSED,
-                overflow=Overflow(tokens, 0, room),
-            )
+            message = f"This model's maximum context length is {limit} tokens, of which Akash Chat"
+            message += f" keeps {AKASH_RESERVED}; your messages have about {tokens} tokens."
+            error = bad_request(message, "messages", "context_length_exceeded")
+            error.category, error.overflow = Category.REFUSED, Overflow(tokens, 0, room)
+            raise error
         call.attempt.overflow = f"about {tokens} tokens > {room}"
 
     def _prepare(self, call: Call) -> Tuple[Dict[str, Any], StopFilter, List[str]]:
@@ -6161,26 +6007,19 @@ class AkashController(Controller):
         return self.transport.start_request(method, path, scope, headers=headers, **options)
 
     def _decoder(
-        self, call: Call, response: UpstreamResponse, stop_filter: StopFilter, cookie: str
+        self, call: Call, stop_filter: StopFilter, cookie: str, response: UpstreamResponse
     ) -> Decoder:
         """Return the decoder for the body of a stream or of an error."""
         if response.status == 200 and not is_challenge_page(response):
             filters = [stop_filter] if stop_filter.needed else []
             return akash_decoder(call.model, self.secrets(cookie), *filters)
-
-        return BufferedBody(
-            lambda body: self._fail(response, body, call.model, cookie),
-            MAX_SHORT_BODY,
-            is_error_body=True,
-        )
+        fail = functools.partial(self._fail, response, call.model, cookie)
+        return BufferedBody(fail, MAX_SHORT_BODY, is_error_body=True)
 
     def with_session(
         self, method: str, path: str, scope: CancelScope, model: str = "", **options: Any
     ) -> Tuple[UpstreamResponse, bytes]:
-        """Send a request with the cookie, once more if the session was rejected.
-
-        Returns the response and its body. APIError unless its status is 200.
-        """
+        """Send a request in a session; return the response, of status 200, and its body."""
 
         def send(retry_reason: str) -> Tuple[UpstreamResponse, bytes]:
             cookie = self.session.get(scope)
@@ -6188,7 +6027,7 @@ class AkashController(Controller):
             response.read_head()
             body = response.read(limit=MAX_SHORT_BODY)
             if response.status != 200 or is_challenge_page(response):
-                self._fail(response, body, model, cookie)
+                self._fail(response, model, cookie, body)
             return response, body
 
         return retrying(send)
@@ -6213,21 +6052,18 @@ class AkashController(Controller):
                 break
         reason = redact(str(as_dict(answer).get("error", ""))[:4000], self.secrets())[:200]
         if "ccess token" in reason:
-            raise auth_error(
-                f"Akash Chat requires a valid access token ({reason}): set AKASH_ACCESS_TOKEN.",
-                response.status,
+            message = (
+                f"Akash Chat requires a valid access token ({reason}): set AKASH_ACCESS_TOKEN."
             )
+            raise auth_error(message, response.status)
         moved = redact(response.headers.get("location", "")[:1000], self.secrets())[:200]
         hint = f": it redirects to {moved}, check AKASH_BASE_URL" if moved else ""
         message = f"Akash Chat did not start a session (status {response.status}){hint}."
         wait = retry_after_seconds(response.headers, answer)
         raise no_session(message, response.status, wait)
 
-    def _fail(self, response: UpstreamResponse, body: bytes, model: str, cookie: str) -> NoReturn:
-        """Raise the error for an unsuccessful response.
-
-        A rejected session is invalidated; its category is RETRY, unless this is the retry.
-        """
+    def _fail(self, response: UpstreamResponse, model: str, cookie: str, body: bytes) -> NoReturn:
+        """Raise the error for an unsuccessful response; invalidate a rejected session."""
         request = response.request
         status, fields = response.status, as_dict(json_or_none(body))
         message = str(fields.get("message") or fields.get("error") or "")
@@ -6239,9 +6075,11 @@ class AkashController(Controller):
             raise no_session("Akash Chat rejected a new session.", status)  # its store is down
         if status == 400 and not fields and body:
             message = "Bad request: " + body[:4000].decode("utf-8", "replace")
-        message, secrets = message[:4000], self.secrets(cookie)
+        text, secrets = message[:4000], self.secrets(cookie)
+        reason = first_line(text, secrets)
+        wait = retry_after_seconds(response.headers, fields, message=text, limit=status == 429)
         is_large = len(request.body or b"") > self.MAX_BODY_BYTES
-        if status == 413 or status == 500 and not message and is_large:
+        if status == 413 or status == 500 and not text and is_large:
             message = "The request is too large for Akash Chat (limit: 10 MB)."
             error = APIError(413, message, category=Category.REFUSED, retry=False)
         elif is_challenge_page(response):
@@ -6250,52 +6088,30 @@ class AkashController(Controller):
             is_outage = fields.get("available_models") == []  # b58259a
             error = no_models() if is_outage else akash_model_not_found(model)
         elif fields.get("error") == "Error generating image":  # b58259a
-            error = image_failed(f"Image generation failed: {first_line(message, secrets)}")
+            error = image_failed(f"Image generation failed: {reason}")
+        elif status == 429:
+            message = f"Akash Chat: {reason or 'too many requests.'}"
+            error = APIError(429, message, retry_after=wait)
+        elif status in (401, 403):
+            error = auth_error(f"Akash Chat denied access ({reason or status}).", status)
         else:
-            error = self._status_error(response, fields, message, model, secrets)
+            message = f"Akash Chat failed without giving a reason (status {status})."
+            unknown = APIError(502 if status <= 500 else 503, message)
+            error = akash_error(text, model, secrets) if text else unknown
+            if error.status == 400 != status:
+                error = APIError(502, error.message)
+            if wait and error.category is Category.SERVER:
+                error.category, error.retry_after = Category.RATE_LIMIT, wait
         error.upstream_status = status
         raise error
 
-    @staticmethod
-    def _status_error(
-        response: UpstreamResponse,
-        fields: Dict[str, Any],
-        message: str,
-        model: str,
-        secrets: List[str],
-    ) -> APIError:
-        """Return the error for a status; ``fields`` is the JSON body."""
-        status, is_limit = response.status, response.status == 429
-        wait = retry_after_seconds(response.headers, fields, message=message, limit=is_limit)
-        reason = first_line(message, secrets)
-        if is_limit:
-            message = f"Akash Chat: {reason or 'too many requests.'}"
-            return APIError(429, message, retry_after=wait)
-        if status in (401, 403):
-            return auth_error(f"Akash Chat denied access ({reason or status}).", status)
-        unknown = f"Akash Chat failed without giving a reason (status {status})."
-        error = APIError(502 if status <= 500 else 503, unknown)
-        if message:
-            error = akash_error(message, model, secrets)
-        if error.status == 400 != status:
-            error = APIError(502, error.message)
-        if wait and error.category is Category.SERVER:
-            error.category, error.retry_after = Category.RATE_LIMIT, wait
-        return error
-
     def _fetch_models(self) -> Tuple[List[Dict[str, Any]], float]:
-        _, body = self.with_session(
-            "GET", "/api/models/", CancelScope(), first_byte=self.settings.session_timeout
-        )
+        _, body = self.with_session("GET", "/api/models/", CancelScope(), short=True)
         entries = akash_models(json_or_none(body))
         if not entries:
             raise no_models()
-        common = {
-            "object": "model",
-            "created": 1626777600,
-            "owned_by": "Akash Network",
-            "permission": None,
-        }
+        common = {"object": "model", "created": 1626777600, "owned_by": "Akash Network"}
+        common["permission"] = None
         models = [
             with_context_length({"id": name, **common, "root": name, "parent": None}, entry)
             for name, entry in entries.items()
@@ -6307,14 +6123,12 @@ class AkashController(Controller):
 
 def no_session(message: str, status: int, wait: Optional[float] = None) -> APIError:
     """Return the 503 for a server without sessions, after ``wait`` seconds if named."""
-    return APIError(
-        503,
-        message,
-        code="upstream_session",
-        retry_after=wait or 5,
-        category=Category.RATE_LIMIT if wait else Category.NETWORK,
-        upstream_status=status,
+    category = Category.RATE_LIMIT if wait else Category.NETWORK
+    error = APIError(
+        503, message, code="upstream_session", retry_after=wait or 5, category=category
     )
+    error.upstream_status = status
+    return error
 
 
 def no_models() -> APIError:
@@ -6375,8 +6189,6 @@ class ChatDecoder(Decoder):
         return out
 
     def close(self) -> List[Event]:
-        if self.complete or self.error:
-            return []
         return self._decode(itertools.chain(self.lines.close(), [(b"", b"[DONE]")]))
 
     def decode_body(self, body: Dict[str, Any]) -> List[Event]:
@@ -6449,10 +6261,7 @@ class ChatDecoder(Decoder):
 
 
 class CallInProgress:
-    """A tool call of which fragments have arrived.
-
-    Detects the end of its arguments, a JSON object, in linear time.
-    """
+    """A tool call of which fragments have arrived; its arguments are a JSON object."""
 
     _MARKS = re.compile(r'\\.?|["{}\[\]]', re.S)
     EMPTY = ("", "{}", "null", '""')  # some servers begin with it
@@ -6472,11 +6281,9 @@ class CallInProgress:
         return self.opened and not self.depth and not self.in_string
 
     def feed(self, text: str) -> str:
-        """Add a fragment of the arguments; return what is new in it.
-
-        Some servers send with each fragment all of them so far, or at the end all of them again;
-        others a JSON string with the object, or something behind it.
-        """
+        """Add a fragment of the arguments; return what is new in it."""
+        # Some servers send with each fragment all of them so far, or at the end all of them again;
+        # others a JSON string with the object, or something behind it.
         if not self.size and text.startswith('"{'):
             text = json_or_none(text.encode("utf-8", "replace")) or text
         elif not self.size:
@@ -6609,14 +6416,6 @@ class ToolCallAssembler:
         return call
 
 
-# fmt: off
-REASONING_FIELDS = (  # of a message, by rank
-    "reasoning_content", "reasoning", "reasoning_text", "thinking", "reasoning_details",
-)
-# fmt: on
-CALL_FIELDS = ("index", "id", "type", "function", "name", "arguments", "parameters")  # of a call
-
-
 def message_events(message: Dict[str, Any]) -> List[Event]:
     """Return the events of a stream's delta or of a complete message."""
     events: List[Event] = []
@@ -6654,16 +6453,10 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
         if type(index) is not int or index >> 31:  # some send a string or a float
             digits = str(index).removesuffix(".0")
             index = int(digits) if re.fullmatch("[0-9]{1,9}", digits) else position
-        events.append(
-            ToolCall(
-                index,
-                arguments if isinstance(arguments, str) else _encode(arguments),
-                name_or_none(call.get("id")),
-                name_or_none(function.get("name")),
-                {name: call[name] for name in call if name not in CALL_FIELDS and call[name]}
-                or None,
-            )
-        )
+        arguments = arguments if isinstance(arguments, str) else _encode(arguments)
+        call_id, name = name_or_none(call.get("id")), name_or_none(function.get("name"))
+        extra = {field: call[field] for field in call if field not in CALL_FIELDS and call[field]}
+        events.append(ToolCall(index, arguments, call_id, name, extra or None))
     return events
 
 
@@ -6687,10 +6480,15 @@ def name_or_none(value: Any) -> Optional[str]:
     return value if isinstance(value, str) else str(value) if type(value) is int else None
 
 
+# fmt: off
+# Fields of a message, by rank, and of a tool call.
+REASONING_FIELDS = (
+    "reasoning_content", "reasoning", "reasoning_text", "thinking", "reasoning_details",
+)
+CALL_FIELDS = ("index", "id", "type", "function", "name", "arguments", "parameters")
 # What reasons to end mean, by the first pattern that they contain in lower case. OpenAI's names are
 # on the left; servers send several dozen others (max_tokens, model_length, SAFETY, sensitive,
 # tool_use, insufficient_system_resource ...). An unknown reason after an answer is a "stop".
-# fmt: off
 FINISH_REASONS: List[Tuple[str, str]] = [
     ("stop",           r"^(?:stop|eos|end|done|complete)"),
     ("error",          r"error|fail|abort|cancel|malformed|unexpected|overload|timeout|timed_out"
@@ -6726,70 +6524,6 @@ def find_usage(body: Dict[str, Any]) -> Any:
         choice = as_dict(next(iter(as_list(body.get("choices"))), None))
         usage = as_dict(body.get("x_groq")).get("usage") or choice.get("usage")
     return usage
-
-
-# Names of token counts in chat completions, by those of Anthropic, Responses and others.
-COUNT_NAMES = {
-    alias: name
-    for name, aliases in {
-        "prompt_tokens": "input_tokens",
-        "completion_tokens": "output_tokens",
-        "total_tokens": "",
-        "cached_tokens": "prompt_cache_hit_tokens cache_read_input_tokens",
-        "cache_write_tokens": "cache_creation_tokens cache_creation_input_tokens",
-        "reasoning_tokens": "thinking_tokens",
-    }.items()
-    for alias in (name, *aliases.split())
-}
-COUNT_DETAILS = tuple(
-    f"{kind}_tokens_details" for kind in ("prompt", "input", "completion", "output")
-)
-
-
-def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
-    """Return a usage under the names of chat completions; None without both counts."""
-    fields = as_dict(value)
-    counts = token_counts(fields)
-    prompt, completion = counts.get("prompt_tokens"), counts.get("completion_tokens")
-    if prompt is None or completion is None:
-        return None
-    if fields.get("prompt_tokens") is None:  # Anthropic counts cached tokens apart
-        for name in ("cache_read_input_tokens", "cache_creation_input_tokens"):
-            prompt += count_or_none(fields.get(name)) or 0
-    total = counts.get("total_tokens") or prompt + completion
-    reasoning = counts.get("reasoning_tokens")
-    if reasoning and total == prompt + completion + reasoning:
-        completion += reasoning  # xAI and others count reasoning apart
-    usage: Dict[str, Any] = {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": total,
-    }
-    for kind, name in (
-        ("prompt", "cached_tokens"),
-        ("prompt", "cache_write_tokens"),
-        ("completion", "reasoning_tokens"),
-    ):
-        if counts.get(name):
-            details = usage.setdefault(f"{kind}_tokens_details", {})
-            details[name] = min(counts[name], usage[f"{kind}_tokens"] - sum(details.values()))
-    return {**usage, "estimated": True} if is_estimated(fields) else usage
-
-
-def token_counts(fields: Dict[str, Any]) -> Dict[str, int]:
-    """Return the counts of a usage, by their names in chat completions.
-
-    Of several names or places of a count, the first above 0 rules; but the name in chat completions
-    before any other, and the usage itself before its details.
-    """
-    counts: Dict[str, int] = {}
-    details = [as_dict(fields[name]) for name in COUNT_DETAILS if name in fields]
-    for source in (*details, fields):
-        for alias in filter(COUNT_NAMES.__contains__, source):
-            name, count = COUNT_NAMES[alias], count_or_none(source[alias])
-            if count is not None and (not counts.get(name) or count and alias == name):
-                counts[name] = count
-    return counts
 
 
 _JSON = json.JSONDecoder()
@@ -6860,31 +6594,26 @@ class StreamEnd(NamedTuple):
 DONE = rb"(?:^|[\r\n])data: *\[DONE\] *(\r\n?|\n|$)"
 REST_OF_LINE = rb'"[^\r\n]*(\r\n?|\n|$)'
 DONE_ONLY = StreamEnd(re.compile(DONE), (b"[DONE]",))
+# fmt: off
 CHAT_END = StreamEnd(
     re.compile(DONE + rb'|"finish_reason" ?: ?"(?!null")[A-Za-z]'),
     (b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"finish_reason" :'),
-    (
-        b'"finish_reason":null}]}\n\n',
-        b'"finish_reason": null}]}\n\n',
-        b'"finish_reason":null}],"usage":null}\n\n',
-    ),
+    (b'"finish_reason":null}]}\n\n', b'"finish_reason": null}]}\n\n',
+     b'"finish_reason":null}],"usage":null}\n\n'),
 )
 STREAM_ENDS = {
     CHAT_PATH: CHAT_END,
     "/v1/completions": CHAT_END,
     "/v1/messages": StreamEnd(
-        re.compile(
-            rb'"type" ?: ?"(?:message_stop%b|error")|"stop_reason" ?: ?"[a-z]' % REST_OF_LINE
-        ),
-        (b"message_stop", b"error", b'"stop_reason":"', b'"stop_reason": "'),
-    ),
+        re.compile(rb'"type" ?: ?"(?:message_stop%b|error")|"stop_reason" ?: ?"[a-z]'
+                   % REST_OF_LINE),
+        (b"message_stop", b"error", b'"stop_reason":"', b'"stop_reason": "')),
     "/v1/responses": StreamEnd(
-        re.compile(
-            rb'"type" ?: ?"(?:response\.(?:completed|incomplete|failed)%b|error")' % REST_OF_LINE
-        ),
-        (b"response.completed", b"response.incomplete", b"response.failed", b"error"),
-    ),
+        re.compile(rb'"type" ?: ?"(?:response\.(?:completed|incomplete|failed)%b|error")'
+                   % REST_OF_LINE),
+        (b"response.completed", b"response.incomplete", b"response.failed", b"error")),
 }
+# fmt: on
 
 
 class ModelName:
@@ -6918,9 +6647,8 @@ class PassthroughDecoder(Decoder):
 
     Only the opening and the end are parsed; secrets are redacted from errors. What precedes the
     first content is held back, since until then another controller may still answer. Only complete
-    lines are passed on, so that an error event can follow if the upstream breaks off. Every
-    complete stream has the ``end`` of its path; if there is none, the end of the HTTP message
-    suffices. ``model`` replaces the name of the answer's model.
+    lines are passed on, so that an error event can follow if the upstream breaks off. Without an
+    ``end`` that of the HTTP message suffices. ``model`` replaces the name of the answer's model.
     """
 
     MAX_HELD = 16 << 20  # bytes
@@ -6929,12 +6657,12 @@ class PassthroughDecoder(Decoder):
 
     def __init__(
         self,
-        upstream_name: str,
+        name: str,
         end: Optional[StreamEnd] = None,
         secrets: Iterable[str] = (),
         model: str = "",
     ) -> None:
-        self.upstream_name, self.end, self.secrets = upstream_name, end or DONE_ONLY, secrets
+        self.upstream_name, self.end, self.secrets = name, end or DONE_ONLY, secrets
         self.rename = ModelName(model)
         self.end_seen = end is None
         # Of typical events only errors are looked for: of a burst of tokens nearly all are.
@@ -7003,18 +6731,13 @@ class PassthroughDecoder(Decoder):
         return data
 
     def _is_own(self, match: "re.Match[bytes]", start: int) -> bool:
-        """Whether a match is of an event's type, not of an object within the event.
-
-        ``start`` is that of its line, or of one before.
-        """
+        """Whether a match after ``start`` is of an event's type, not of an object within."""
         if match[1] is None or not match[0].startswith(b'"type"'):
             return True
         head = match.string[start : match.start()].replace(b"\r", b"\n").rpartition(b"\n")[2]
-        return FIRST_KEY.fullmatch(head) is not None or self._is_end(head + match[0])
-
-    def _is_end(self, line: bytes) -> bool:
-        """Whether the event of a line ends the stream; True if it can't be parsed."""
-        event = json_or_none(line.partition(b"data:")[2])
+        if FIRST_KEY.fullmatch(head):
+            return True
+        event = json_or_none((head + match[0]).partition(b"data:")[2])
         own_type = b'"type":' + to_json(as_dict(event).get("type"))
         return event is None or self.end.pattern.match(own_type) is not None
 
@@ -7125,19 +6848,13 @@ def replace_form_model(call: Call, name: str) -> bytes:
 
 _ANSWER_FIELDS = ("choices", "data", "output", "content")
 # The list that answers on a path have; its first item is an object that is not empty.
-ANSWER_FIELDS = {
-    CHAT_PATH: b"choices",
-    "/v1/completions": b"choices",
-    "/v1/embeddings": b"data",
-}
+ANSWER_FIELDS = {CHAT_PATH: b"choices", "/v1/completions": b"choices", "/v1/embeddings": b"data"}
 ANSWER = re.compile(rb'"(?:choices|data)"\s{0,20}:\s{0,20}\[\s{0,20}\{\s{0,20}"')
 
 
 def is_streamed(kind: str, opening: bytes, requested: bool) -> bool:
-    """Return whether a body is an event stream, by media type or first character.
-
-    Servers send requested streams as application/json, as text/plain or without a type.
-    """
+    """Return whether a body is an event stream, by media type or first character."""
+    # Servers send requested streams as application/json, as text/plain or without a type.
     first = opening.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if kind == "text/event-stream":
         return first not in (b"{", b"[")
@@ -7260,9 +6977,8 @@ class OpenAIController(Controller):
     def _document(self, field: bytes, until_close: bool, model: str, data: bytes) -> List[Event]:
         """Check and pass on a complete JSON body; APIError if it is an error or no answer.
 
-        ``field`` is one that each answer has. The body is parsed only if it may be an error, or if
-        it ends with the connection: then nothing else shows whether it is complete. ``model``
-        replaces the name of the answer's model.
+        Each answer has the ``field``. The body is parsed only if it may be an error, or if it ends
+        with the connection: then nothing else shows whether it is complete.
         """
         text = data.removeprefix(b"\xef\xbb\xbf").strip()
         if not text or until_close and json_or_none(text) is None:
@@ -7304,13 +7020,10 @@ class OpenAIController(Controller):
         if not entries:
             message = f"{self.name} sent no list of models."
             raise APIError(503, message, upstream_status=response.status)
+        for entry in entries:
+            entry["created"] = count_or_none(entry.get("created")) or 0
         common = {"object": "model", "owned_by": self.name}
-        models = [
-            with_context_length(
-                {**common, **entry, "created": count_or_none(entry.get("created")) or 0}, entry
-            )
-            for entry in entries
-        ]
+        models = [with_context_length({**common, **entry}, entry) for entry in entries]
         return models, self.settings.models_ttl
 
 
@@ -10846,7 +10559,7 @@ class StreamRelay:
 
     def start(self) -> None:
         """Take over from the worker that has sent the request to the upstream."""
-        self.recv_flags = self.stream.response.make_nonblocking()
+        self.upstream.setblocking(False)
         if self.connection.state is CLOSED:
             self.on_client_disconnect()
             return
@@ -10875,7 +10588,7 @@ class StreamRelay:
         """Read once from the readable upstream, and write once to the client."""
         stream = self.stream
         try:
-            data = self.upstream.recv(RECV_SIZE, self.recv_flags)
+            data = self.upstream.recv(RECV_SIZE)
             if self.fast_path:
                 # Nearly every read of a live stream is one chunk that holds one token. To relay it
                 # without events saves a quarter of its CPU time.

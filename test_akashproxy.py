@@ -1025,7 +1025,7 @@ def test_a_kept_connection_is_used_again_while_it_can_be(happens, connections, r
     assert chat(server).status == 200
     idle = server.pool.upstreams[0].controller.transport.connections.idle
     wait_for(lambda: idle)
-    (((_, kept),),) = idle.values()
+    ((_, kept),) = idle
     happens(akash, kept)
     assert chat(server).status == 200
     assert akash.connections == connections and len(akash.bodies()) == 1 + requests
@@ -1059,7 +1059,7 @@ def test_kept_connections_are_not_watched_and_live_as_long_as_their_server_says(
     assert len(server.loop.registrations) == watched
     for seconds, kept in ((3, 1), (5, 0)):
         connections.close_expired(time.monotonic() + seconds)
-        assert sum(map(len, connections.idle.values())) == kept
+        assert len(connections.idle) == kept
     wait_for(lambda: not akash.open)
     assert (akashproxy.keepalive_seconds({"keep-alive": "timeout=5"}), akashproxy.keepalive_seconds({})) == (4, 30)
 
@@ -1067,7 +1067,7 @@ def test_kept_connections_are_not_watched_and_live_as_long_as_their_server_says(
 @pytest.mark.parametrize("text", ["a\nB: c", "a\rb", "a\r\nB: c", "a\0b"])
 def test_no_line_break_gets_into_the_head_of_a_request(text):
     for fields in {"A": text}, {text: "a"}:
-        request = akashproxy.UpstreamRequest("http://x/").copy(fields, method="GET", body=None)
+        request = akashproxy.UpstreamRequest("GET", "http://x/", fields, None, akashproxy.CancelScope(), None, "")
         with pytest.raises(ProtocolError, match="line break"):
             request.parts()
 
@@ -1930,7 +1930,7 @@ def test_a_session_that_is_refused_for_a_time(status, kind, extra, wait, rests, 
 def test_endless_texts_of_errors_cost_nothing(akash, serve):
     for text in ("a-" * 200000, "deadbeef" * 100000, "model " * 100000, "1." * 200000, "x" * 500000 + ":80"):
         assert len(akashproxy.akash_error("Invalid prompt: " + text, "m").message) < 400
-        assert len(akashproxy.redact_hosts(text)) < 2000
+        assert len(akashproxy.first_line(text, [])) < 2000
 
 
 @pytest.mark.parametrize("path", ["", "/", "/a/path", "/a/path/"])
@@ -3754,7 +3754,7 @@ def test_a_lone_controller_rests_only_where_it_was_told_to_and_shows_that(a, poo
 
 @pytest.mark.parametrize("number", ["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"])
 def test_our_own_lack_of_resources_is_not_the_upstreams_failure(number, caplog):
-    akashproxy.log_exhaustion.logged_at = -math.inf
+    akashproxy.exhaustion_logged_at = -math.inf
     errors = [akashproxy.upstream_error(OSError(getattr(errno, number), "x"), akashproxy.CancelScope(), "b") for _ in range(50)]
     assert {(error.status, error.category, error.headers()["Retry-After"]) for error in errors} == {(503, Category.LOCAL, "1")}
     assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
@@ -6410,7 +6410,7 @@ class ForwardProxy(Fake):
             host = target if method == "CONNECT" else target.split("/")[2]
             with socket.create_connection(host.rsplit(":", 1)) as upstream:
                 if method == "CONNECT":
-                    sock.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                    sock.sendall(b"HTTP/1.1 200 OK\r\nVia: 1.1 x\r\n\r\n")
                 else:
                     path = "/" + target.split("/", 3)[3]
                     upstream.sendall(f"{method} {path} HTTP/1.1\r\n".encode() + rest)
@@ -6611,9 +6611,12 @@ def test_the_next_address_of_a_name_is_tried(fake, monkeypatch):
     with socket.create_server(("127.0.0.2", 0)) as closed:
         nobody = closed.getsockname()
     look_up = socket.getaddrinfo
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: look_up(*nobody, 0, socket.SOCK_STREAM) + look_up("127.0.0.1", fake.port, 0, socket.SOCK_STREAM))
-    with akashproxy.connect_within(akashproxy.CancelScope(), ("two.example", fake.port), 5) as sock:
-        assert sock.getpeername() == ("127.0.0.1", fake.port) and 0 < sock.gettimeout() <= 5
+    unusable = [(9999, socket.SOCK_STREAM, 0, "", ("::1", 1))]      # such as IPv6 on a host without it
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: unusable + look_up(*nobody, 0, socket.SOCK_STREAM) + look_up("127.0.0.1", fake.port, 0, socket.SOCK_STREAM))
+    scope = akashproxy.CancelScope()
+    with akashproxy.connect_within(scope, ("two.example", fake.port), 5) as sock:
+        assert sock.getpeername() == ("127.0.0.1", fake.port) and 0 < scope.deadline - time.monotonic() <= 5
+    scope.detach()
 
 
 class TLSOpenAI(FakeOpenAI):
@@ -7551,7 +7554,7 @@ def test_no_more_threads_for_a_client_that_got_pings(a, pool):
 
 
 def test_client_sockets_never_block(serve):
-    """Some platforms have no MSG_DONTWAIT: there a blocking socket could stop the loop."""
+    """A blocking socket could stop the loop."""
     server = serve()
     with connect(server, b"GET "):
         wait_for(lambda: server.connections)
@@ -10597,7 +10600,7 @@ texts = functools.partial(feeding, as_fed=lambda text: [Text(text)])
 
 
 def received(items):
-    request = types.SimpleNamespace(scope=akashproxy.CancelScope(), method="POST")
+    request = types.SimpleNamespace(scope=akashproxy.CancelScope(), method="POST", timeouts=None)
     response = akashproxy.UpstreamResponse(None, request, False, None)
     for item in items:
         if not response.status:
