@@ -1402,9 +1402,7 @@ def test_a_failure_that_is_repeated_keeps_no_caller_in_memory():
     def fetch():
         raise APIError(503, "down")
 
-    def depth_of_a_call():
-        return len(list(akashproxy.traceback.walk_tb(error_of(APIError, cache.get).__traceback__)))
-
+    depth_of_a_call = lambda: len(list(akashproxy.traceback.walk_tb(error_of(APIError, cache.get).__traceback__)))
     cache = akashproxy.Cache("list", fetch)
     depth_of_a_call()
     assert depth_of_a_call() == depth_of_a_call()
@@ -2224,9 +2222,7 @@ def test_the_address_in_links_without_a_host(akash, serve):
 
 
 def test_a_stop_leaves_no_thread_and_needs_no_start(serve):
-    def clients():
-        return sum(thread.name == "akashproxy client" for thread in threading.enumerate())
-
+    clients = lambda: sum(thread.name == "akashproxy client" for thread in threading.enumerate())
     before = clients()
     for _ in range(10):
         server = Server(Settings(server_address="127.0.0.1:0")).start()
@@ -4603,9 +4599,7 @@ def test_no_header_or_body_of_an_error_does_harm():
               "reset", "try again in ", "inf", "nan", "٥", "\ud800", "\0", "{", '"', "'", "\\", "litellm.", "RateLimitError: ", "message", "***", "sk-..."]
     names = ["retry-after", "retry-after-ms", "ratelimit", "x-ratelimit-reset", "anthropic-ratelimit-a-reset", "x-rate-limit-reset", "ratelimit-remaining"]
     keys = ["error", "errors", "message", "detail", "details", "metadata", "headers", "raw", "code", "type", "status", "loc", "msg", "retryDelay", "reset_at"]
-
-    def text():
-        return "".join(random.choices(pieces, k=random.randrange(6)))
+    text = lambda: "".join(random.choices(pieces, k=random.randrange(6)))
 
     def value(depth=4):
         built = [text, lambda: random.choice([None, True, -1, 0, 429, 1 << 70, 1e308])]
@@ -5291,12 +5285,6 @@ def with_results(path, items):
     return {"input": [*items, *({**OUTPUT_ITEM, "call_id": item["call_id"]} for item in items if item["type"] == "function_call")]}
 
 
-def becomes_a_chat(server, fake, path, body, messages):
-    got = ask(server, "POST", path, body)
-    assert got.status == 200, got.body
-    assert fake.bodies()[0]["messages"] == messages
-
-
 @table({
     # name: (messages, messages of the chat)
     "a system message in the middle": ([user("x"), system("B"), user("y")], [system("B"), user("x"), user("y")]),
@@ -5347,8 +5335,9 @@ def becomes_a_chat(server, fake, path, body, messages):
                                    {"type": "document", "source": {"type": "content", "content": [text_part("a"), text_part("b")]}}])], [user("T\n\nC\n\nwords\n\na\n\nb")]),
     "results of a search": ([user([{"type": "search_result", "source": "http://s", "title": "T", "content": [text_part("found")]}])], [user("T\n\nhttp://s\n\nfound")]),
 })
-def test_a_history_of_messages_as_a_chat(messages, chat, fake, pool):
-    becomes_a_chat(pool(fake), fake, "/v1/messages", {**ASKED, "messages": messages}, chat)
+def test_a_history_of_messages_as_a_chat(messages, expected, fake, pool):
+    assert ask(pool(fake), "POST", "/v1/messages", {**ASKED, "messages": messages}).status == 200
+    assert fake.bodies()[0]["messages"] == expected
 
 
 def reasoned(*texts, **fields):
@@ -5408,8 +5397,9 @@ DEVELOPER, SAYS = developer("B"), assistant("doing")
     "how closely to look": ([user([{"type": "input_image", "image_url": "data:x", "detail": "high"}])],
                             [user([{"type": "image_url", "image_url": {"url": "data:x", "detail": "high"}}])]),
 })
-def test_a_history_of_responses_as_a_chat(items, chat, fake, pool):
-    becomes_a_chat(pool(fake), fake, "/v1/responses", {**WANTED, "input": items}, chat)
+def test_a_history_of_responses_as_a_chat(items, expected, fake, pool):
+    assert ask(pool(fake), "POST", "/v1/responses", {**WANTED, "input": items}).status == 200
+    assert fake.bodies()[0]["messages"] == expected
 
 
 def reminder(text):
@@ -5423,8 +5413,9 @@ def reminder(text):
     "behind a result": ([system("A"), system("B"), USES, user([result()]), system("C")], [system("A\n\nB"), CALLED_T1, GOT, user(reminder("C"))]),
     "beside a picture": ([user([{"type": "image", "source": PNG_SOURCE}]), system("B")], [user([picture("data:image/png;base64,iVBO"), text_part(reminder("B"))])]),
 })
-def test_later_system_messages_as_text_of_the_user(messages, chat, fake, pool):
-    becomes_a_chat(pool((fake, {"system_messages": "user"})), fake, "/v1/messages", {**ASKED, "messages": messages}, chat)
+def test_later_system_messages_as_text_of_the_user(messages, expected, fake, pool):
+    assert ask(pool((fake, {"system_messages": "user"})), "POST", "/v1/messages", {**ASKED, "messages": messages}).status == 200
+    assert fake.bodies()[0]["messages"] == expected
 
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
@@ -7433,8 +7424,6 @@ def soak(count, log=lambda line: None):
     faults = [[akash.cut(b'0:"one "\n'), akash.raw(reply(500)), akash.raw(b"\0"), akash.raw(reply(429, b"{}", extra=b"Retry-After: 1\r\n")),
                akash.raw(reply(403, BAD_SESSION))], [paid.cut(), paid.status(500), paid.raw(b"\0"), paid.status(404), paid.early()]]
     config = {"max_wait": 0, "controllers": [{"type": "akash", "base_url": akash.url}, {"base_url": paid.url + "/v1", "api_key": "k"}]}
-    path = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / f"akashproxy-soak-{os.getpid()}.json"
-    path.write_text(json.dumps(config))
 
     def state(process):
         return proc_status(process, "VmRSS"), proc_status(process, "Threads"), len(os.listdir(f"/proc/{process.pid}/fd"))
@@ -7460,8 +7449,10 @@ def soak(count, log=lambda line: None):
             else:
                 chat(server, stream=kind % 2 == 0)
 
-    try:
-        with started("--config-file", str(path), "--log-level", "error") as (process, server):
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(config, file)
+        file.flush()
+        with started("--config-file", file.name, "--log-level", "error") as (process, server):
             early = None
             with concurrent.futures.ThreadPoolExecutor(8) as threads:
                 for begin in range(0, count, 500):
@@ -7471,10 +7462,6 @@ def soak(count, log=lambda line: None):
                     log(f"{begin + 500} requests: {state(process)}")
             wait_for(lambda: ask(server, path="/status").json["controllers"][0]["in_flight"] == 0)
             return early, state(process)
-    finally:
-        path.unlink()
-        akash.close()
-        paid.close()
 
 
 @needs_proc
@@ -7848,10 +7835,7 @@ def test_large_json_is_read_and_written_as_small_json_is(seed):
     """Its long strings go a way of their own, in slices: wherever those are cut, nothing changes, and what is no JSON is an error."""
     rng = random.Random(seed)
     atoms = ["a", "Hello ", "\u00e9", "\u4e2d", "\U0001f600", '"', "\\", "\n", "\u2028", "\ud83d", "\ude00", "[", ",", "\x01", '\\"', "u", "_", ":"]
-
-    def text(size):
-        return "".join(rng.choices(atoms, k=size))
-
+    text = lambda size: "".join(rng.choices(atoms, k=size))
     value = {"a": text(200_000), "b": [text(70_000), 1, None, {"c": text(9), "d": text(300)}, *[text(257) for _ in range(300)]], text(300): text(99_000), "": ""}
     escaped = seed % 2
     data = json.dumps(value, ensure_ascii=bool(escaped)).encode("utf-8", "replace")[:-1] + ',"\u00e9":"'.encode() + b" " * 1_000_000 + b'"}'
@@ -7940,9 +7924,7 @@ def test_a_list_of_models_has_counts_too(fake, pool):
 
 
 def test_numbers_that_are_no_json_are_not_passed_on(fake, akash, pool):
-    def strict(body):
-        return json.loads(body, parse_constant=lambda name: pytest.fail(name))
-
+    strict = lambda body: json.loads(body, parse_constant=lambda name: pytest.fail(name))
     for arguments in ('{"a":1e999}', '{"a":NaN}', "[" * 700 + "]" * 700, '{"a":' * 5000 + "1" + "}" * 5000, "9" * 5000):
         call = {"index": 0, "id": "i", "type": "function", "function": {"name": "f", "arguments": arguments}}
         complete = reply(body={"choices": [{"message": {"tool_calls": [call]}, "finish_reason": "tool_calls"}]})
@@ -8535,9 +8517,7 @@ def test_metrics_of_each_way_a_request_can_end(akash, serve):
                 ("/images/{}", "404", ""): 1, ("other", "404", ""): 3, ("relayed", "404", ""): 1, ("/v1/completions", "204", ""): 1,
                 ("other", "400", ""): 1}
 
-    def requests():
-        return {key[1:]: value for key, value in samples(server).items() if key[0] == "akashproxy_requests_total" and key[1] != "/metrics"}
-
+    requests = lambda: {key[1:]: value for key, value in samples(server).items() if key[0] == "akashproxy_requests_total" and key[1] != "/metrics"}
     wait_for(lambda: sum(requests().values()) == sum(expected.values()))    # some are counted just after their answer
     assert requests() == expected
     found = samples(server)
@@ -8716,8 +8696,7 @@ def promql(expression, series):
                 found[frozenset(labels.items())] = [first + step * at for at in range(count + 1)][-minutes - 1:]
         return found
 
-    def over(function):
-        return lambda ranges: Vector({labels: function(values) for labels, values in ranges.items()})
+    over = lambda function: lambda ranges: Vector({labels: function(values) for labels, values in ranges.items()})
 
     def group(function, names=()):
         def aggregate(vector):
@@ -10850,6 +10829,8 @@ def test_bytes_of_a_head_cost_no_more_the_longer_it_is(serve):
 
 
 class OwnHandler(akashproxy.Handler):
+    SHORT = {"/parts": (200, {}, [b"one ", b"two"]), "/unmodified": (304, {}, []), "/last": (200, {"Connection": "close"}, [])}
+
     def do_GET(self):
         if self.path == "/mine":
             data = f"{self.command} {self.headers['User-Agent']} {self.headers.get('x-NONE', 'none')} {self.client_address[0]}".encode()
@@ -10858,10 +10839,13 @@ class OwnHandler(akashproxy.Handler):
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
-        elif self.path == "/parts":
-            self.send_response(200)
+        elif self.path in self.SHORT:
+            status, fields, parts = self.SHORT[self.path]
+            self.send_response(status)
+            for field in fields.items():
+                self.send_header(*field)
             self.end_headers()
-            for part in (b"one ", b"two"):
+            for part in parts:
                 self.wfile.write(part)
         elif self.path == "/error":
             self.send_error(418, "I am a teapot", "tea only")
@@ -10877,13 +10861,6 @@ class OwnHandler(akashproxy.Handler):
             self.send_response(200)
             self.end_headers()
             self.wfile.write(f"{self.requestline} {self.close_connection}".encode())
-        elif self.path == "/unmodified":
-            self.send_response(304)
-            self.end_headers()
-        elif self.path == "/last":
-            self.send_response(200)
-            self.send_header("Connection", "close")
-            self.end_headers()
         elif self.path == "/nothing":
             return None
         elif self.path == "/bug":
@@ -11091,10 +11068,7 @@ def test_sections_name_only_what_they_may():
     banners = [(match.start(), match[1]) for match in re.finditer(r"^# == \d+\. (\w+)", SOURCE, re.M)]
     starts = [SOURCE.count("\n", 0, at) + 1 for at, _ in banners]
     tree = ast.parse(SOURCE)
-
-    def section(node):
-        return [name for line, (_, name) in zip(starts, banners) if line <= node.lineno][-1]
-
+    section = lambda node: [name for line, (_, name) in zip(starts, banners) if line <= node.lineno][-1]
     home = {}
     for node in tree.body:
         targets = getattr(node, "targets", [getattr(node, "target", None)])
