@@ -2987,8 +2987,7 @@ def test_a_compressed_answer_is_expanded(name, wbits, streamed, path, fake, pool
         "cut": ("gzip", deflated(b'{"choices":[{}]}', 31)[:-9], "connection lost"), "a bomb": ("gzip", deflated(bytes(50 << 20), 31), "connection lost")})
 def test_other_and_broken_compression_is_the_upstreams_failure(encoding, body, words, fake, pool):
     fake.sends(reply(body=body, extra=f"Content-Encoding: {encoding}\r\n".encode()))
-    got = chat(pool(fake, (FakeOpenAI(), {"priority": 2})), BOTH)
-    assert route_of(got) == "a=502, b=200"
+    assert route_of(chat(pool(fake, (FakeOpenAI(), {"priority": 2})), BOTH)) == "a=502, b=200"
     fake.sends(reply(body=body, extra=f"Content-Encoding: {encoding}\r\n".encode()))
     assert words in chat(pool(fake), BOTH).json["error"]["message"]
 
@@ -3594,8 +3593,7 @@ def test_tools_never_go_to_akash_if_another_can_take_them(pool):
 
 
 def test_who_alone_can_do_it_rests_only_where_it_was_told_to(akash, b, pool):
-    server = pool((akash, {"models": ["both"]}), b.sends(b"\0"), max_wait=0)
-    assert statuses(server, 2, **WITH_A_TOOL) == [502, 200]
+    assert statuses(pool((akash, {"models": ["both"]}), b.sends(b"\0"), max_wait=0), 2, **WITH_A_TOOL) == [502, 200]
 
 
 def test_akash_beside_a_key(pool):
@@ -5166,8 +5164,7 @@ def test_blocks_never_interleave_though_calls_do(path, fake, pool):
     parts = [(0, "z", "e", "[0]"), (1, "a", "f", ""), (0, None, None, " "), (1, None, None, '{"x"'), (2, "b", "g", ""), (1, None, None, ":1}"),
              (2, None, None, '{"y":'), None, (3, None, "h", ""), (2, None, None, "2}"), (1, None, None, " ")]
     fake.faults.append(answered(*(calls(part) if part else {"content": "so"} for part in parts), finish="tool_calls"))
-    body = {**WANTS[path], "stream": True}
-    events = named_events(ask(pool(fake), "POST", path, body).body)
+    events = named_events(ask(pool(fake), "POST", path, {**WANTS[path], "stream": True}).body)
     added = [event for event in events if event["type"] in ("content_block_start", "response.output_item.added")]
     blocks = [event.get("content_block") or event.get("item") for event in added]
     assert [block.get("call_id", block.get("id")) for block in blocks][:3] == ["z", "a", "b"] and [block.get("name") for block in blocks] == ["e", "f", "g", None, "h"]
@@ -5186,8 +5183,7 @@ def test_blocks_never_interleave_though_calls_do(path, fake, pool):
 
 
 def test_a_response_that_fails_within(a, pool):
-    server = pool(a.faulting(a.cut(1)))
-    events = named_events(ask(server, "POST", "/v1/responses", {**WANTED, "stream": True}).body)
+    events = named_events(ask(pool(a.faulting(a.cut(1))), "POST", "/v1/responses", {**WANTED, "stream": True}).body)
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     assert events[-2]["type"] == "error" and events[-2]["message"] == events[-2]["error"]["message"] == events[-1]["response"]["error"]["message"]
     assert events[-1]["type"] == "response.failed" and events[-1]["response"]["status"] == "failed"
@@ -5497,8 +5493,7 @@ def test_reasoning_that_clients_can_not_return_comes_back_with_the_calls(path, b
 @pytest.mark.parametrize("path, body", [("/v1/messages", ASKED), ("/v1/responses", WANTED)], ids=["messages", "responses"])
 @pytest.mark.parametrize("id, is_kept", [("functions.f:0", True), ("a b", True), ("é", True), ("a" * 40, True), ("a" * 41, False), ("a.b" * 40, False)])
 def test_ids_that_other_upstreams_would_reject_are_not_shown(id, is_kept, path, body, streamed, fake, pool):
-    server = pool(fake.faulting(answered(calls((0, id, "f", "{}")), finish="tool_calls")))
-    returned_calls(server, path, body, streamed)
+    returned_calls(pool(fake.faulting(answered(calls((0, id, "f", "{}")), finish="tool_calls"))), path, body, streamed)
     call, result = fake.bodies()[-1]["messages"][:2]
     assert call["tool_calls"][0]["id"] == result["tool_call_id"] and (result["tool_call_id"] == id) == is_kept and len(result["tool_call_id"]) <= 40
 
@@ -8918,8 +8913,7 @@ def test_images_are_made_one_after_the_other_where_requests_are_limited(where, a
     limits = {"max_concurrency": 1}
     server = serve(keys=keys("alice", **(limits if where == "key" else {})), controllers=(
         akashproxy.ControllerSettings(type="akash", base_url=akash.url, **(limits if where == "controller" else {})),))
-    got = ask(server, "POST", "/v1/images/generations", {"prompt": "x", "n": 3}, bearer("alice"))
-    assert len(got.json["data"]) == 3
+    assert len(ask(server, "POST", "/v1/images/generations", {"prompt": "x", "n": 3}, bearer("alice")).json["data"]) == 3
     order = [request.method for request in akash.requests if "chat" in request.path or "image-status" in request.path]
     assert order == ["POST", "GET"] * 3
 
@@ -9305,8 +9299,7 @@ HOSTS = {   # a Host: is it served by a server on a loopback address that needs 
 
 
 def test_hosts_of_a_loopback_server(serve):
-    server = serve(public_url="https://chat.example:8443")
-    for token, changed in ((False, server), (True, serve(bearer_token=("k",)))):
+    for token, changed in ((False, serve(public_url="https://chat.example:8443")), (True, serve(bearer_token=("k",)))):
         for host, served in HOSTS.items():
             for method, path in (("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("GET", "/"), ("OPTIONS", "/status")):
                 got = talk(changed, f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nx-api-key: k\r\nContent-Length: 0\r\n"
