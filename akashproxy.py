@@ -1393,11 +1393,7 @@ class ClientKeySettings(ValidatedSettings):
 
 @dataclass(frozen=True)
 class Settings(ValidatedSettings):
-    """Settings of a server.
-
-    The environment variable of ``max_wait`` is MAX_WAIT, its flag --max-wait, and its key in the
-    configuration file "max_wait".
-    """
+    """Settings of a server. ``max_wait`` is also MAX_WAIT and --max-wait."""
 
     # fmt: off
     server_address: str = setting("localhost:16571",
@@ -1518,11 +1514,10 @@ class Settings(ValidatedSettings):
             with collecting_errors(problems, "CHATGPT_APISERVER_PORT"):
                 port = environ["CHATGPT_APISERVER_PORT"]
                 overrides["server_address"] = listen_address(f":{port}")
-        path = overrides["config_file"] = find_config(
-            overrides.get("config_file", ""), overrides.get("config_path", ""), problems
-        )
+        file, directory = overrides.get("config_file", ""), overrides.get("config_path", "")
+        overrides["config_file"] = path = find_config(file, directory, problems)
         values = ConfigFile(path, environ, problems).settings() if path else {}
-        values = {**values, **overrides}
+        values.update(overrides)
         upstreams = values.get("upstream")
         if upstreams:
             values["controllers"] = [upstream_options(url, environ, problems) for url in upstreams]
@@ -1619,10 +1614,7 @@ NOT_JSON = "only JSON is supported; please convert the file"
 
 
 def find_config(file: str, directory: str, problems: List[str]) -> str:
-    """Path of the configuration file: ``file``, else the first one found, else "".
-
-    A directory without one, and files in other formats only, are added to ``problems``.
-    """
+    """Path of the configuration file: ``file``, else the first one found, else ""."""
     if file:
         return file
     directories = [directory] if directory else CONFIG_DIRECTORIES
@@ -1640,8 +1632,7 @@ def find_config(file: str, directory: str, problems: List[str]) -> str:
 class ConfigFile:
     """A configuration file of akashproxy or chatgpt-apiserver.
 
-    Problems are added to ``problems``, so that all are reported at once. A key path such as
-    "controllers[0].weight" says where a problem is.
+    All problems are added to ``problems``, with key paths such as "controllers[0].weight".
     """
 
     VARIABLE = r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}"
@@ -12473,7 +12464,6 @@ const auto = {dir: "auto"};     // Arabic and Hebrew run from the right
 let chat = null;        // {id, title, messages}: the conversation in sight, as it is stored
 let stop = null;        // the AbortController of the answer that is being received
 let names = null;       // of the models; null until they are listed
-let chosen = "";        // the model
 
 // -- elements: what is shown is made here, of elements and text, never of HTML
 function make(name, ...parts) {     // "tag.class.class", with children and objects of properties
@@ -12752,7 +12742,7 @@ function stored(name) {
   try { return JSON.parse(localStorage[name]); } catch { return null; }     // none, or not ours
 }
 const keepChat = (own) => keep(`chat ${own.id}`, own);
-const keepSettings = () => keep("settings", {model: chosen, chat: chat.id,
+const keepSettings = () => keep("settings", {model: ui.model.value, chat: chat.id,
   ...Object.fromEntries(SETTINGS.map((name) => [name, ui[name].value]))});
 const allChats = () => Object.keys(localStorage).filter((name) => name.startsWith("chat "))
   .map(stored).filter((each) => each?.messages).sort((one, other) => other.id - one.id);
@@ -12865,7 +12855,7 @@ function paced(work) {  // with the layout it takes a fifth of the time, however
 async function ask() {  // for the answer to the chat's last question
   const own = chat, at = own.messages.length;
   const message = {role: "assistant", content: "", reasoning: "", system: ui.system.value.trim(),
-    request: {model: chosen}, problem: "The page was closed before the end."};
+    request: {model: ui.model.value}, problem: "The page was closed before the end."};
   for (const name of SETTINGS.slice(1)) {
     if (ui[name].value) message.request[name] = Number(ui[name].value);
   }
@@ -12937,7 +12927,7 @@ const PROMPTS = ["Explain how a proxy works, in three sentences.",
   "Write a Python function that checks a password's strength."];
 const isPhone = () => matchMedia("(pointer: coarse)").matches;
 function choose(name) {
-  chosen = name;
+  ui.model.value = name;
   ui.model.textContent = ui.model.title = name || "No models";
   keepSettings();
 }
@@ -12946,7 +12936,7 @@ function listModels() {     // those with all the words that are searched for; E
   const found = names.filter((name) => wanted.every((word) => name.toLowerCase().includes(word)));
   ui.found.textContent = `${found.length} of ${count(names.length, "model")}`;
   ui.models.replaceChildren(...found.map((name) =>
-    make("li", make("button", name, {value: name, ariaPressed: name === chosen}))));
+    make("li", make("button", name, {value: name, ariaPressed: name === ui.model.value}))));
 }
 function pick() {
   ui.search.value = "";
@@ -13006,14 +12996,14 @@ async function refresh() {      // the models, once, and the controllers while t
 async function readModels() {
   const {data} = await (await api("v1/models")).json();
   names = data.map(({id}) => id);
-  choose(names.includes(chosen) ? chosen : names[0] ?? "");
+  choose(names.includes(ui.model.value) ? ui.model.value : names[0] ?? "");
   greet();
   if (names.length) ui.field.focus();
 }
 function submit(text) {
   const pictures = Array.from(ui.images.querySelectorAll("img"),
     ({src: url}) => ({type: "image_url", image_url: {url}}));
-  if (stop || !chosen || !text && !pictures.length) return;
+  if (stop || !ui.model.value || !text && !pictures.length) return;
   const at = chat.messages.length;
   chat.title ||= text.slice(0, 60) || "Image";
   const content = pictures.length ? [{type: "text", text}, ...pictures] : text;
@@ -13056,7 +13046,7 @@ ondrop = (event) => { event.preventDefault(); attach(event.dataTransfer.files); 
 onpagehide = () => { if (stop) keepChat(chat); };      // the part of an answer that has come
 const before = stored("settings") ?? {};
 for (const name of SETTINGS) ui[name].value = before[name] ?? "";
-chosen = before.model ?? "";
+ui.model.value = before.model ?? "";
 ui.field.value = sessionStorage.draft ?? "";
 show(stored(`chat ${before.chat}`) ?? emptyChat());
 onhashchange();
@@ -13424,10 +13414,7 @@ def set_signal_mask(action: str) -> None:
 
 
 class Signals:
-    """Queue of received signals. Main thread.
-
-    A second SIGINT or SIGTERM ends the process at once.
-    """
+    """Queue of received signals; the second SIGINT or SIGTERM exits. Main thread."""
 
     def __init__(self) -> None:
         self.received: SimpleQueue[int] = SimpleQueue()
