@@ -554,15 +554,12 @@ class ErrorDefaults(NamedTuple):
 
 
 DEFAULTS_BY_STATUS = {
-    400: ErrorDefaults(Category.REQUEST),
+    **dict.fromkeys((400, 422), ErrorDefaults(Category.REQUEST)),
     401: ErrorDefaults(code="invalid_api_key"),
     403: ErrorDefaults(type="permission_error"),
     404: ErrorDefaults(Category.MODEL),
-    408: ErrorDefaults(Category.RATE_LIMIT),
-    409: ErrorDefaults(Category.RATE_LIMIT),
     413: ErrorDefaults(Category.REQUEST, code="request_too_large"),
-    422: ErrorDefaults(Category.REQUEST),
-    425: ErrorDefaults(Category.RATE_LIMIT),
+    **dict.fromkeys((408, 409, 425), ErrorDefaults(Category.RATE_LIMIT)),
     429: ErrorDefaults(Category.RATE_LIMIT, "rate_limit_error", "rate_limit_exceeded"),
     **dict.fromkeys((502, 503, 504), ErrorDefaults(code="upstream_error")),
 }
@@ -4771,13 +4768,15 @@ _OVERFLOW = (
     r"context (?:length|size|window|limit)|context the overflows|maximum (?:prompt|input|model)"
     r" length|(?:prompt|input) (?:is )?too long|token limit|token count|range of input length"
     r"|tokens \+ .{1,20} must be <=")
-_OVERFLOW_CODES = "context_?(?:length|window)_?exceeded|exceed_context_size"
+OVERFLOW_RULE = ErrorRule(
+    (400, 413, 422, 500), "context_?(?:length|window)_?exceeded|exceed_context_size", _OVERFLOW,
+    Category.REQUEST, 400)
 # The first matching row applies. Columns: statuses, codes, words, category, status, reason.
 UPSTREAM_ERRORS = [
     # The request asks for more tokens than are left, or than are allowed at once.
     ErrorRule((402, 403, 429), "", _OVERSIZED, Category.REFUSED),
     ErrorRule((413,), "rate_limit_exceeded", "tokens per minute", Category.REFUSED),
-    ErrorRule((400, 413, 422, 500), _OVERFLOW_CODES, _OVERFLOW, Category.REQUEST, 400),
+    OVERFLOW_RULE,
     # A firewall's page: something in the request matched one of its patterns.
     ErrorRule((402, 403, 451), "web_page", "", Category.REFUSED),
     # This server's key or address, beyond doubt.
@@ -4873,9 +4872,8 @@ def error_from_body(
         if isinstance(fields.get(name), str) and not re.fullmatch("[0-9]{3}", fields[name])
     }
     error = _shown_error(upstream_name, rule, actual, redact(text[:4000], secrets)[:1000], names)
-    if rule.category is Category.REQUEST:
-        error.overflow = find_overflow(codes, text.lower())
-    if error.overflow:
+    if rule is OVERFLOW_RULE:
+        error.overflow = parse_overflow(text[:4000].lower())
         error.code = "context_length_exceeded"
     error.retry_after = wait if is_limit else None
     error.upstream_status = actual if status == 200 else status
@@ -5104,15 +5102,12 @@ _OVERFLOW_NUMBERS = [
 # fmt: on
 
 
-def find_overflow(codes: str, words: str) -> Optional[Overflow]:
-    """Parse the error of a request that is too long for its model; None for others.
+def parse_overflow(words: str) -> Overflow:
+    """Parse the error of a request that is too long for its model, in lower case.
 
     Knows the messages of OpenAI, Anthropic, Gemini, Mistral, DeepSeek, Moonshot, xAI, OpenRouter,
-    vLLM, SGLang, llama.cpp, TGI and LM Studio. ``codes`` and ``words`` are in lower case.
+    vLLM, SGLang, llama.cpp, TGI and LM Studio.
     """
-    words = words[:4000]
-    if not re.search(_OVERFLOW_CODES, codes) and not re.search(_OVERFLOW, words):
-        return None
     count: Dict[str, int] = defaultdict(int)
     for name, pattern in _OVERFLOW_NUMBERS:
         match = None if count[name] else re.search(pattern, words)
