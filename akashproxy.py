@@ -573,6 +573,7 @@ class Overflow(NamedTuple):
     limit: int
 
 
+@dataclass(eq=False, repr=False)
 class APIError(Exception):
     """An error response to the client.
 
@@ -587,40 +588,29 @@ class APIError(Exception):
     upstream's words. ``bug`` is the unexpected exception behind a 500: logged, never sent.
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        type: Optional[str] = None,
-        code: Optional[str] = None,
-        param: Optional[str] = None,
-        retry_after: Optional[float] = None,
-        retry: Optional[bool] = None,
-        legacy_message: Optional[str] = None,
-        category: Optional[Category] = None,
-        cooldown_scope: str = "controller",
-        upstream_status: Optional[int] = None,
-        overflow: Optional[Overflow] = None,
-        reason: str = "",
-    ) -> None:
-        # The message goes to logs and /status, and may quote an upstream.
-        self.message = message = shorten(message, 1500)
-        super().__init__(message)
-        default = DEFAULTS_BY_STATUS.get(status, ErrorDefaults())
-        self.status = status
-        self.type = type or ("server_error" if status >= 500 else default.type)
-        self.code = code or default.code
-        self.param = param
-        self.retry_after = retry_after
-        self.retry = retry
-        self.legacy_message = legacy_message or message
-        self.category = Category(category or default.category)
-        self.cooldown_scope = cooldown_scope
-        self.upstream_status = upstream_status
-        self.overflow = overflow
-        self.reason = reason
-        self.bug: Optional[Exception] = None
+    status: int
+    message: str  # it goes to logs and /status, and may quote an upstream
+    type: str = ""
+    code: Optional[str] = None
+    param: Optional[str] = None
+    retry_after: Optional[float] = None
+    retry: Optional[bool] = None
+    legacy_message: str = ""
+    category: Any = None  # a Category
+    cooldown_scope: str = "controller"
+    upstream_status: Optional[int] = None
+    overflow: Optional[Overflow] = None
+    reason: str = ""
+    bug: Optional[Exception] = None
+
+    def __post_init__(self) -> None:
+        self.message = shorten(self.message, 1500)
+        super().__init__(self.message)
+        default = DEFAULTS_BY_STATUS.get(self.status, ErrorDefaults())
+        self.type = self.type or ("server_error" if self.status >= 500 else default.type)
+        self.code = self.code or default.code
+        self.legacy_message = self.legacy_message or self.message
+        self.category = Category(self.category or default.category)
 
     def headers(self) -> Dict[str, str]:
         """Response headers of the error, the same in all dialects."""
@@ -4543,6 +4533,7 @@ def filtered(decoder: Decoder, step: ToolCallFilter) -> Decoder:
     return chain
 
 
+@dataclass(eq=False)
 class Cache(Generic[T]):
     """A value with a lifetime; one caller at a time fetches it. Any thread.
 
@@ -4553,22 +4544,16 @@ class Cache(Generic[T]):
 
     RETRY = 15.0  # seconds between two attempts to replace a value
 
-    def __init__(
-        self,
-        name: str,
-        fetch: Callable[[], Tuple[T, float]],
-        clock: Callable[[], float] = time.monotonic,
-        expires: bool = False,
-        retry: float = RETRY,
-    ) -> None:
-        self.name, self.fetch, self.clock, self.expires = name, fetch, clock, expires
-        self.retry = retry
-        self.lock = threading.Lock()  # held during a fetch
-        self.value: Optional[T] = None
-        self.refresh_at = self.expires_at = -math.inf
-        self.failure: Optional[APIError] = None  # of the last fetch
-        self.failed_at = -math.inf  # by time.monotonic()
-        self.fetch_count = 0
+    name: str
+    fetch: Callable[[], Tuple[T, float]]
+    clock: Callable[[], float] = time.monotonic
+    expires: bool = False
+    retry: float = RETRY
+    value: Optional[T] = None
+    failure: Optional[APIError] = None  # of the last fetch
+    lock: threading.Lock = field(default_factory=threading.Lock)  # held during a fetch
+    refresh_at = expires_at = failed_at = -math.inf  # the last one by time.monotonic()
+    fetch_count = 0
 
     def get(self, scope: Optional[CancelScope] = None) -> T:
         """Return the value. May block; raises the fetch's APIError, or the scope's reason."""
@@ -4897,7 +4882,7 @@ def _shown_error(
     return APIError(
         rule.status or status,
         message,
-        type=names.get("type"),
+        type=names.get("type", ""),
         code="upstream_blocked" if is_page and category is Category.REFUSED else code,
         param="model" if category is Category.MODEL else names.get("param"),
         category=category,
