@@ -553,15 +553,12 @@ class ErrorDefaults(NamedTuple):
 
 
 DEFAULTS_BY_STATUS = {
-    400: ErrorDefaults(Category.REQUEST),
+    **dict.fromkeys((400, 422), ErrorDefaults(Category.REQUEST)),
     401: ErrorDefaults(code="invalid_api_key"),
     403: ErrorDefaults(type="permission_error"),
     404: ErrorDefaults(Category.MODEL),
-    408: ErrorDefaults(Category.RATE_LIMIT),
-    409: ErrorDefaults(Category.RATE_LIMIT),
     413: ErrorDefaults(Category.REQUEST, code="request_too_large"),
-    422: ErrorDefaults(Category.REQUEST),
-    425: ErrorDefaults(Category.RATE_LIMIT),
+    **dict.fromkeys((408, 409, 425), ErrorDefaults(Category.RATE_LIMIT)),
     429: ErrorDefaults(Category.RATE_LIMIT, "rate_limit_error", "rate_limit_exceeded"),
     **dict.fromkeys((502, 503, 504), ErrorDefaults(code="upstream_error")),
 }
@@ -575,6 +572,7 @@ class Overflow(NamedTuple):
     limit: int
 
 
+@dataclass(eq=False, repr=False)
 class APIError(Exception):
     """An error response to the client.
 
@@ -589,40 +587,29 @@ class APIError(Exception):
     upstream's words. ``bug`` is the unexpected exception behind a 500: logged, never sent.
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        type: Optional[str] = None,
-        code: Optional[str] = None,
-        param: Optional[str] = None,
-        retry_after: Optional[float] = None,
-        retry: Optional[bool] = None,
-        legacy_message: Optional[str] = None,
-        category: Optional[Category] = None,
-        cooldown_scope: str = "controller",
-        upstream_status: Optional[int] = None,
-        overflow: Optional[Overflow] = None,
-        reason: str = "",
-    ) -> None:
-        # The message goes to logs and /status, and may quote an upstream.
-        self.message = message = shorten(message, 1500)
-        super().__init__(message)
-        default = DEFAULTS_BY_STATUS.get(status, ErrorDefaults())
-        self.status = status
-        self.type = type or ("server_error" if status >= 500 else default.type)
-        self.code = code or default.code
-        self.param = param
-        self.retry_after = retry_after
-        self.retry = retry
-        self.legacy_message = legacy_message or message
-        self.category = Category(category or default.category)
-        self.cooldown_scope = cooldown_scope
-        self.upstream_status = upstream_status
-        self.overflow = overflow
-        self.reason = reason
-        self.bug: Optional[Exception] = None
+    status: int
+    message: str  # it goes to logs and /status, and may quote an upstream
+    type: str = ""
+    code: Optional[str] = None
+    param: Optional[str] = None
+    retry_after: Optional[float] = None
+    retry: Optional[bool] = None
+    legacy_message: str = ""
+    category: Any = None  # a Category
+    cooldown_scope: str = "controller"
+    upstream_status: Optional[int] = None
+    overflow: Optional[Overflow] = None
+    reason: str = ""
+    bug: Optional[Exception] = None
+
+    def __post_init__(self) -> None:
+        self.message = shorten(self.message, 1500)
+        super().__init__(self.message)
+        default = DEFAULTS_BY_STATUS.get(self.status, ErrorDefaults())
+        self.type = self.type or ("server_error" if self.status >= 500 else default.type)
+        self.code = self.code or default.code
+        self.legacy_message = self.legacy_message or self.message
+        self.category = Category(self.category or default.category)
 
     def headers(self) -> Dict[str, str]:
         """Response headers of the error, the same in all dialects."""
@@ -4292,6 +4279,7 @@ def filtered(decoder: Decoder, step: ToolCallFilter) -> Decoder:
     return chain
 
 
+@dataclass(eq=False)
 class Cache(Generic[T]):
     """A value with a lifetime; one caller at a time fetches it. Any thread.
 
@@ -4302,22 +4290,16 @@ class Cache(Generic[T]):
 
     RETRY = 15.0  # seconds between two attempts to replace a value
 
-    def __init__(
-        self,
-        name: str,
-        fetch: Callable[[], Tuple[T, float]],
-        clock: Callable[[], float] = time.monotonic,
-        expires: bool = False,
-        retry: float = RETRY,
-    ) -> None:
-        self.name, self.fetch, self.clock, self.expires = name, fetch, clock, expires
-        self.retry = retry
-        self.lock = threading.Lock()  # held during a fetch
-        self.value: Optional[T] = None
-        self.refresh_at = self.expires_at = -math.inf
-        self.failure: Optional[APIError] = None  # of the last fetch
-        self.failed_at = -math.inf  # by time.monotonic()
-        self.fetch_count = 0
+    name: str
+    fetch: Callable[[], Tuple[T, float]]
+    clock: Callable[[], float] = time.monotonic
+    expires: bool = False
+    retry: float = RETRY
+    value: Optional[T] = None
+    failure: Optional[APIError] = None  # of the last fetch
+    lock: threading.Lock = field(default_factory=threading.Lock)  # held during a fetch
+    refresh_at = expires_at = failed_at = -math.inf  # the last one by time.monotonic()
+    fetch_count = 0
 
     def get(self, scope: Optional[CancelScope] = None) -> T:
         """Return the value. May block; raises the fetch's APIError, or the scope's reason."""
@@ -4517,13 +4499,15 @@ _OVERFLOW = (
     r"context (?:length|size|window|limit)|context the overflows|maximum (?:prompt|input|model)"
     r" length|(?:prompt|input) (?:is )?too long|token limit|token count|range of input length"
     r"|tokens \+ .{1,20} must be <=")
-_OVERFLOW_CODES = "context_?(?:length|window)_?exceeded|exceed_context_size"
+OVERFLOW_RULE = ErrorRule(
+    (400, 413, 422, 500), "context_?(?:length|window)_?exceeded|exceed_context_size", _OVERFLOW,
+    Category.REQUEST, 400)
 # The first matching row applies. Columns: statuses, codes, words, category, status, reason.
 UPSTREAM_ERRORS = [
     # The request asks for more tokens than are left, or than are allowed at once.
     ErrorRule((402, 403, 429), "", _OVERSIZED, Category.REFUSED),
     ErrorRule((413,), "rate_limit_exceeded", "tokens per minute", Category.REFUSED),
-    ErrorRule((400, 413, 422, 500), _OVERFLOW_CODES, _OVERFLOW, Category.REQUEST, 400),
+    OVERFLOW_RULE,
     # A firewall's page: something in the request matched one of its patterns.
     ErrorRule((402, 403, 451), "web_page", "", Category.REFUSED),
     # This server's key or address, beyond doubt.
@@ -4619,9 +4603,8 @@ def error_from_body(
         if isinstance(fields.get(name), str) and not re.fullmatch("[0-9]{3}", fields[name])
     }
     error = _shown_error(upstream_name, rule, actual, redact(text[:4000], secrets)[:1000], names)
-    if rule.category is Category.REQUEST:
-        error.overflow = find_overflow(codes, text.lower())
-    if error.overflow:
+    if rule is OVERFLOW_RULE:
+        error.overflow = parse_overflow(text[:4000].lower())
         error.code = "context_length_exceeded"
     error.retry_after = wait if is_limit else None
     error.upstream_status = actual if status == 200 else status
@@ -4645,7 +4628,7 @@ def _shown_error(
     return APIError(
         rule.status or status,
         message,
-        type=names.get("type"),
+        type=names.get("type", ""),
         code="upstream_blocked" if is_page and category is Category.REFUSED else code,
         param="model" if category is Category.MODEL else names.get("param"),
         category=category,
@@ -4850,15 +4833,12 @@ _OVERFLOW_NUMBERS = [
 # fmt: on
 
 
-def find_overflow(codes: str, words: str) -> Optional[Overflow]:
-    """Parse the error of a request that is too long for its model; None for others.
+def parse_overflow(words: str) -> Overflow:
+    """Parse the error of a request that is too long for its model, in lower case.
 
     Knows the messages of OpenAI, Anthropic, Gemini, Mistral, DeepSeek, Moonshot, xAI, OpenRouter,
-    vLLM, SGLang, llama.cpp, TGI and LM Studio. ``codes`` and ``words`` are in lower case.
+    vLLM, SGLang, llama.cpp, TGI and LM Studio.
     """
-    words = words[:4000]
-    if not re.search(_OVERFLOW_CODES, codes) and not re.search(_OVERFLOW, words):
-        return None
     count: Dict[str, int] = defaultdict(int)
     for name, pattern in _OVERFLOW_NUMBERS:
         match = None if count[name] else re.search(pattern, words)
