@@ -8656,10 +8656,7 @@ class Dialect:
         return self.text_frame(text)  # type: ignore[no-any-return]
 
     def encode_event(self, event: Event) -> bytes:
-        """Frames of an event; b"" for unknown ones.
-
-        Image progress is encoded as reasoning, an image as text.
-        """
+        """Frames of an event; b"" for unknown ones."""
         if isinstance(event, ImageProgress):
             queued = f", {event.position} before it" if event.position else ""
             return self.encode_event(Reasoning(f"The image is {event.status}{queued}.\n"))
@@ -9040,10 +9037,10 @@ class BlockRequest(Dialect):
         """Convert a string, a block or a list of blocks into parts of a chat message."""
         if not isinstance(content, list):
             return self.convert_part(content, param)
-        parts = (
-            self.convert_part(block, param and f"{param}[{i}]") for i, block in enumerate(content)
-        )
-        return list(itertools.chain.from_iterable(parts))
+        parts: ChatParts = []
+        for i, block in enumerate(content):
+            parts += self.convert_part(block, param and f"{param}[{i}]")
+        return parts
 
     def convert_part(self, block: Any, param: str) -> ChatParts:
         """Convert a block of either format into parts of a chat message.
@@ -9317,11 +9314,8 @@ def finish_messages(messages: List[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
 def pop_reasoning(calls: List[Dict[str, Any]]) -> Dict[str, Any]:
     """Remove from calls what their IDs contained of their message; returns its fields."""
     texts = [as_str(call.pop("reasoning_content", None)) for call in calls]
-    details = [as_list(call.pop("reasoning_details", None)) for call in calls]
-    fields = {
-        "reasoning_content": "\n\n".join(filter(None, texts)),
-        "reasoning_details": list(itertools.chain.from_iterable(details)),
-    }
+    details = [each for call in calls for each in as_list(call.pop("reasoning_details", None))]
+    fields = {"reasoning_content": "\n\n".join(filter(None, texts)), "reasoning_details": details}
     return {name: value for name, value in fields.items() if value}
 
 
@@ -9600,11 +9594,9 @@ class Messages(BlockDialect):
         return b"" if style == "off" else event_frame("ping")
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        return {
-            **self.message_object(list(map(self.content_block, self.answer_blocks(answer)))),
-            **self.stop_fields(answer.finish),
-            "usage": self.usage_object(answer.finish),
-        }
+        message = self.message_object(list(map(self.content_block, self.answer_blocks(answer))))
+        usage = self.usage_object(answer.finish)
+        return {**message, **self.stop_fields(answer.finish), "usage": usage}
 
     def message_object(self, content: List[Dict[str, Any]]) -> Dict[str, Any]:
         head = {"id": self.id, "type": "message", "role": "assistant", "model": self.model}
@@ -9675,10 +9667,8 @@ def overflow_message(error: APIError) -> str:
     if error.overflow is None or error.message.startswith("prompt is too long"):
         return error.message
     if 0 < prompt < limit and output:
-        return (
-            f"input length and `max_tokens` exceed context limit: {prompt} + {output} > {limit}, "
-            "decrease input length or `max_tokens` and try again"
-        )
+        sizes = f"{prompt} + {output} > {limit}, decrease input length or `max_tokens`"
+        return f"input length and `max_tokens` exceed context limit: {sizes} and try again"
     known = f"{prompt} tokens > {limit} maximum" if prompt > limit > 0 else error.message
     return f"prompt is too long: {known}"
 
@@ -10100,13 +10090,11 @@ MAX_PART_HEAD = 4096
 MODEL_IN_PATH = frozenset(("deployments", "engines", "models"))
 _UTF_8 = r'(?: *; *charset="?utf-8"?)?'
 _MULTIPART = re.compile(
-    rf"multipart/form-data{_UTF_8} *; *boundary=(\"?)([0-9A-Za-z'()+_,./:=?-]{{1,70}})\1{_UTF_8}",
-    re.I,
+    rf"(?i)multipart/form-data{_UTF_8} *; *boundary=(\"?)([0-9a-z'()+_,./:=?-]{{1,70}})\1{_UTF_8}"
 )
 _DISPOSITION = re.compile(
-    r'form-data; *name=(?:"([^"\\%]*)"|([A-Za-z0-9_.-]+))'
-    r'(; *filename=(?:"[^"\\]*"|[^;"\\ ]+))?(; *filename\*=[^;" ]+)?',
-    re.I,
+    r'(?i)form-data; *name=(?:"([^"\\%]*)"|([A-Za-z0-9_.-]+))'
+    r'(; *filename=(?:"[^"\\]*"|[^;"\\ ]+))?(; *filename\*=[^;" ]+)?'
 )
 
 
