@@ -937,7 +937,7 @@ class Cancellation:
         self.scope.raise_if_cancelled()
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class OriginalRequest:
     """A client's own request, for upstreams that speak its dialect."""
 
@@ -951,7 +951,7 @@ class OriginalRequest:
     content_type = "application/json"  # of raw_body
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Attempt:
     """State of one attempt, of which the controller sets all but the first field."""
 
@@ -969,7 +969,7 @@ def message_text(message: Any) -> str:
     return "".join(str(as_dict(part).get("text") or "") for part in parts)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Call:
     """A request in OpenAI's chat vocabulary.
 
@@ -8932,7 +8932,7 @@ class BlockRequest(Dialect):
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         self.untranslated: List[str] = []  # names of ignored fields, for a response header
         self.tool_names: Dict[str, Tuple[str, Optional[str]]] = {}  # sent: (name, namespace)
-        self.messages: List[Dict[str, Any]] = []  # for finish_messages()
+        self.messages: List[Dict[str, Any]] = []  # for finish_message()
         self.has_begun = False  # there are further messages of the user or the assistant
         super().__init__(body, base_url)
 
@@ -8944,7 +8944,8 @@ class BlockRequest(Dialect):
         renamed = {new: body[name] for name, new in self.RENAMED_PARAMS.items() if name in body}
         try:
             chat = {**call.body, "stream": call.stream, **renamed, **self.to_chat(body)}
-            chat["messages"] = pair_tool_results(finish_messages(self.messages))
+            paired = pair_tool_results(self.messages)
+            chat["messages"] = list(filter(None, map(finish_message, paired)))
             call.body = {name: value for name, value in chat.items() if value not in (None, [])}
             if not chat["messages"]:
                 raise bad_request("No message has any content.")
@@ -8991,7 +8992,7 @@ class BlockRequest(Dialect):
     def append_message(
         self, role: str, parts: ChatParts, calls: Sequence[Any] = (), reasoning: Sequence[str] = ()
     ) -> None:
-        """Append a message, unless it is empty; finish_messages() completes it.
+        """Append a message, unless it is empty; finish_message() completes it.
 
         Reasoning, text and tool calls of the assistant that follow each other become one message.
         """
@@ -9291,26 +9292,6 @@ CALL_ID = re.compile("[A-Za-z0-9_-]{1,%d}" % MAX_CALL_ID)  # with Anthropic's ch
 NO_RESULT = "[The tool call was interrupted and has no result.]"
 
 
-def finish_messages(messages: List[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
-    """Yield messages in OpenAI's format, from those of append_message().
-
-    Reasoning stays with tool calls, where models such as Kimi's and DeepSeek's require it. Their
-    IDs may contain it, too.
-    """
-    for message in messages:
-        if message["role"] == "tool":
-            yield message
-            continue
-        parts, calls, reasoning = message["content"], message["calls"], message["reasoning"]
-        texts = [part["text"] for part in parts if part["type"] == "text"]
-        content = "\n\n".join(texts) if len(texts) == len(parts) else parts
-        fields: Dict[str, Any] = {"tool_calls": calls, **pop_reasoning(calls)} if calls else {}
-        if calls and reasoning:
-            fields["reasoning_content"] = "\n\n".join(reasoning)
-        if content or calls:
-            yield {"role": message["role"], "content": content or None, **fields}
-
-
 def pop_reasoning(calls: List[Dict[str, Any]]) -> Dict[str, Any]:
     """Remove from calls what their IDs contained of their message; returns its fields."""
     texts = [as_str(call.pop("reasoning_content", None)) for call in calls]
@@ -9319,7 +9300,7 @@ def pop_reasoning(calls: List[Dict[str, Any]]) -> Dict[str, Any]:
     return {name: value for name, value in fields.items() if value}
 
 
-def pair_tool_results(messages: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
+def pair_tool_results(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
     """Put the results of tool calls right behind them, as OpenAI requires.
 
     A result belongs to the last call before it that has its ID, else to the first one after it;
@@ -9330,7 +9311,7 @@ def pair_tool_results(messages: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]
     results: Dict[Any, Dict[str, Any]] = {}  # by the ID of their call; their content is a list
     open_results: Iterator[Dict[str, Any]] = iter(())  # of the last message with calls
     for message in messages:
-        calls = message.get("tool_calls", [])
+        calls = message.get("calls", [])
         if message["role"] == "tool":
             call_id = message["tool_call_id"]
             result = results.get(call_id) if call_id else next(open_results, None)
@@ -9351,18 +9332,27 @@ def pair_tool_results(messages: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]
             paired.append(result)
         if calls:
             open_results = (each for each in paired[-len(calls) :] if not each["content"])
-    return list(filter(None, map(_finish_result, paired)))
+    return paired
 
 
-def _finish_result(message: Dict[str, Any]) -> Dict[str, Any]:
-    """A message, if it is a result with its content as text; {} for a moved one."""
-    texts = message["content"]
-    if message["role"] == "orphan":
-        text = "[Result of an unknown tool call]\n" + "\n\n".join(texts)
-        return {"role": "user", "content": text} if texts else {}
-    if message["role"] == "tool":
-        return {**message, "content": "\n\n".join(texts) if texts else NO_RESULT}
-    return message
+def finish_message(message: Dict[str, Any]) -> Dict[str, Any]:
+    """A message of append_message() or pair_tool_results() in OpenAI's format; or {}.
+
+    Reasoning stays with tool calls, where models such as Kimi's and DeepSeek's require it. Their
+    IDs may contain it, too.
+    """
+    role, parts, calls = message["role"], message["content"], message.get("calls")
+    if role == "orphan":
+        text = "[Result of an unknown tool call]\n" + "\n\n".join(parts)
+        return {"role": "user", "content": text} if parts else {}
+    if role == "tool":
+        return {**message, "content": "\n\n".join(parts) if parts else NO_RESULT}
+    texts = [part["text"] for part in parts if part["type"] == "text"]
+    content = "\n\n".join(texts) if len(texts) == len(parts) else parts
+    fields: Dict[str, Any] = {"tool_calls": calls, **pop_reasoning(calls)} if calls else {}
+    if calls and message["reasoning"]:
+        fields["reasoning_content"] = "\n\n".join(message["reasoning"])
+    return {"role": role, "content": content or None, **fields} if content or calls else {}
 
 
 EXTRA = "__extra_"
