@@ -1066,7 +1066,6 @@ def fold(events: Iterable[Event]) -> Answer:
 
 
 def join_tool_call(fragments: List[ToolCall]) -> ToolCall:
-    """Join the fragments of one tool call."""
     arguments = "".join(fragment.arguments for fragment in fragments) or "{}"
     return dataclasses.replace(fragments[0], arguments=arguments)
 
@@ -8703,7 +8702,6 @@ class Dialect:
         return "\n\n".join(filter(None, [answer.text, *map(self.markdown, answer.images)]))
 
     def markdown(self, image: Image) -> str:
-        """An image as Markdown."""
         alt = re.sub(r"[\[\]\\\s]+", " ", image.prompt).strip()
         return f"![{alt}]({self.link(image)})"
 
@@ -9393,7 +9391,6 @@ def sent_id(value: Any) -> Tuple[Optional[str], Optional[Dict[str, Any]]]:
 
 
 CALL_ID_FIELDS = ("id", "call_id", "tool_call_id", "tool_use_id")
-SIGNATURES = ("signature", "encrypted_content")
 
 
 def without_own_marks(value: Any, levels: int = 5) -> Any:
@@ -9414,11 +9411,16 @@ def without_own_marks(value: Any, levels: int = 5) -> Any:
 
 
 def is_own_reasoning(item: Any) -> bool:
-    """Whether a block or item is reasoning of ours, or consists of it."""
-    fields = as_dict(item)
-    content, signatures = as_list(fields.get("content")), map(fields.get, SIGNATURES)
-    is_marked = UNSIGNED in signatures or as_str(fields.get("id")).startswith(UNSIGNED_ID)
-    return is_marked or content != [] and all(map(is_own_reasoning, content))
+    """Whether a block or item is reasoning of ours, or a message that consists of it."""
+    content = as_list(as_dict(item).get("content"))
+    return has_own_mark(item) or content != [] and all(map(has_own_mark, content))
+
+
+def has_own_mark(block: Any) -> bool:
+    """Whether a block or item is marked as reasoning of ours."""
+    fields = as_dict(block)
+    signatures = fields.get("signature"), fields.get("encrypted_content")
+    return UNSIGNED in signatures or as_str(fields.get("id")).startswith(UNSIGNED_ID)
 
 
 def count_values(value: Any) -> int:
@@ -9540,7 +9542,6 @@ class Messages(BlockDialect):
         return None
 
     def convert_tool_choice(self, choice: Dict[str, Any], tools: List[Dict[str, Any]]) -> Any:
-        """Convert ``tool_choice``."""
         choice_type = choice.get("type")
         if choice_type == "tool":
             return self.chosen_tool(choice, tools)
@@ -9860,7 +9861,6 @@ class Responses(BlockDialect):
         return converted
 
     def convert_tool_choice(self, choice: Any, tools: List[Dict[str, Any]]) -> Any:
-        """Convert ``tool_choice``."""
         fields = as_dict(choice)
         if fields.get("type") in self.FUNCTION_TYPES:
             return self.chosen_tool(fields, tools)
@@ -9907,7 +9907,6 @@ class Responses(BlockDialect):
         return frames + self.part_frame("added", event)
 
     def wire(self, event: BlockEvent) -> ItemWire:
-        """The kind of an event's item."""
         is_custom = isinstance(event, ToolCall) and event.name in self.custom_tools
         return self.CUSTOM_CALL if is_custom else self.ITEMS[type(event)]
 
@@ -9962,7 +9961,6 @@ class Responses(BlockDialect):
         return self.response_object(answer.finish)
 
     def response_object(self, finish: Optional[Finish] = None) -> Dict[str, Any]:
-        """The response's current state."""
         original, usage = self.call.original, finish and finish.usage
         sent = as_dict(original.body) if len(original.raw_body) <= self.ECHO_LIMIT else {}
         reason = finish and self.INCOMPLETE_REASONS.get(finish.reason)
