@@ -923,7 +923,7 @@ class Cancellation:
         self.scope.raise_if_cancelled()
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class OriginalRequest:
     """A client's own request, for upstreams that speak its dialect."""
 
@@ -937,7 +937,7 @@ class OriginalRequest:
     content_type = "application/json"  # of raw_body
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Attempt:
     """State of one attempt, of which the controller sets all but the first field."""
 
@@ -955,7 +955,7 @@ def message_text(message: Any) -> str:
     return "".join(str(as_dict(part).get("text") or "") for part in parts)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Call:
     """A request in OpenAI's chat vocabulary.
 
@@ -1052,7 +1052,6 @@ def fold(events: Iterable[Event]) -> Answer:
 
 
 def join_tool_call(fragments: List[ToolCall]) -> ToolCall:
-    """Join the fragments of one tool call."""
     arguments = "".join(fragment.arguments for fragment in fragments) or "{}"
     return dataclasses.replace(fragments[0], arguments=arguments)
 
@@ -8094,10 +8093,7 @@ class Dialect:
         return self.text_frame(text)  # type: ignore[no-any-return]
 
     def encode_event(self, event: Event) -> bytes:
-        """Frames of an event; b"" for unknown ones.
-
-        Image progress is encoded as reasoning, an image as text.
-        """
+        """Frames of an event; b"" for unknown ones."""
         if isinstance(event, ImageProgress):
             queued = f", {event.position} before it" if event.position else ""
             return self.encode_event(Reasoning(f"The image is {event.status}{queued}.\n"))
@@ -8144,7 +8140,6 @@ class Dialect:
         return "\n\n".join(filter(None, [answer.text, *map(self.markdown, answer.images)]))
 
     def markdown(self, image: Image) -> str:
-        """An image as Markdown."""
         alt = re.sub(r"[\[\]\\\s]+", " ", image.prompt).strip()
         return f"![{alt}]({self.link(image)})"
 
@@ -8373,7 +8368,7 @@ class BlockRequest(Dialect):
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         self.untranslated: List[str] = []  # names of ignored fields, for a response header
         self.tool_names: Dict[str, Tuple[str, Optional[str]]] = {}  # sent: (name, namespace)
-        self.messages: List[Dict[str, Any]] = []  # for finish_messages()
+        self.messages: List[Dict[str, Any]] = []  # for finish_message()
         self.has_begun = False  # there are further messages of the user or the assistant
         super().__init__(body, base_url)
 
@@ -8385,7 +8380,8 @@ class BlockRequest(Dialect):
         renamed = {new: body[name] for name, new in self.RENAMED_PARAMS.items() if name in body}
         try:
             chat = {**call.body, "stream": call.stream, **renamed, **self.to_chat(body)}
-            chat["messages"] = pair_tool_results(finish_messages(self.messages))
+            paired = pair_tool_results(self.messages)
+            chat["messages"] = list(filter(None, map(finish_message, paired)))
             call.body = {name: value for name, value in chat.items() if value not in (None, [])}
             if not chat["messages"]:
                 raise bad_request("No message has any content.")
@@ -8432,7 +8428,7 @@ class BlockRequest(Dialect):
     def append_message(
         self, role: str, parts: ChatParts, calls: Sequence[Any] = (), reasoning: Sequence[str] = ()
     ) -> None:
-        """Append a message, unless it is empty; finish_messages() completes it.
+        """Append a message, unless it is empty; finish_message() completes it.
 
         Reasoning, text and tool calls of the assistant that follow each other become one message.
         """
@@ -8478,10 +8474,10 @@ class BlockRequest(Dialect):
         """Convert a string, a block or a list of blocks into parts of a chat message."""
         if not isinstance(content, list):
             return self.convert_part(content, param)
-        parts = (
-            self.convert_part(block, param and f"{param}[{i}]") for i, block in enumerate(content)
-        )
-        return list(itertools.chain.from_iterable(parts))
+        parts: ChatParts = []
+        for i, block in enumerate(content):
+            parts += self.convert_part(block, param and f"{param}[{i}]")
+        return parts
 
     def convert_part(self, block: Any, param: str) -> ChatParts:
         """Convert a block of either format into parts of a chat message.
@@ -8732,38 +8728,15 @@ CALL_ID = re.compile("[A-Za-z0-9_-]{1,%d}" % MAX_CALL_ID)  # with Anthropic's ch
 NO_RESULT = "[The tool call was interrupted and has no result.]"
 
 
-def finish_messages(messages: List[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
-    """Yield messages in OpenAI's format, from those of append_message().
-
-    Reasoning stays with tool calls, where models such as Kimi's and DeepSeek's require it. Their
-    IDs may contain it, too.
-    """
-    for message in messages:
-        if message["role"] == "tool":
-            yield message
-            continue
-        parts, calls, reasoning = message["content"], message["calls"], message["reasoning"]
-        texts = [part["text"] for part in parts if part["type"] == "text"]
-        content = "\n\n".join(texts) if len(texts) == len(parts) else parts
-        fields: Dict[str, Any] = {"tool_calls": calls, **pop_reasoning(calls)} if calls else {}
-        if calls and reasoning:
-            fields["reasoning_content"] = "\n\n".join(reasoning)
-        if content or calls:
-            yield {"role": message["role"], "content": content or None, **fields}
-
-
 def pop_reasoning(calls: List[Dict[str, Any]]) -> Dict[str, Any]:
     """Remove from calls what their IDs contained of their message; returns its fields."""
     texts = [as_str(call.pop("reasoning_content", None)) for call in calls]
-    details = [as_list(call.pop("reasoning_details", None)) for call in calls]
-    fields = {
-        "reasoning_content": "\n\n".join(filter(None, texts)),
-        "reasoning_details": list(itertools.chain.from_iterable(details)),
-    }
+    details = [each for call in calls for each in as_list(call.pop("reasoning_details", None))]
+    fields = {"reasoning_content": "\n\n".join(filter(None, texts)), "reasoning_details": details}
     return {name: value for name, value in fields.items() if value}
 
 
-def pair_tool_results(messages: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
+def pair_tool_results(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
     """Put the results of tool calls right behind them, as OpenAI requires.
 
     A result belongs to the last call before it that has its ID, else to the first one after it;
@@ -8774,7 +8747,7 @@ def pair_tool_results(messages: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]
     results: Dict[Any, Dict[str, Any]] = {}  # by the ID of their call; their content is a list
     open_results: Iterator[Dict[str, Any]] = iter(())  # of the last message with calls
     for message in messages:
-        calls = message.get("tool_calls", [])
+        calls = message.get("calls", [])
         if message["role"] == "tool":
             call_id = message["tool_call_id"]
             result = results.get(call_id) if call_id else next(open_results, None)
@@ -8795,18 +8768,27 @@ def pair_tool_results(messages: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]
             paired.append(result)
         if calls:
             open_results = (each for each in paired[-len(calls) :] if not each["content"])
-    return list(filter(None, map(_finish_result, paired)))
+    return paired
 
 
-def _finish_result(message: Dict[str, Any]) -> Dict[str, Any]:
-    """A message, if it is a result with its content as text; {} for a moved one."""
-    texts = message["content"]
-    if message["role"] == "orphan":
-        text = "[Result of an unknown tool call]\n" + "\n\n".join(texts)
-        return {"role": "user", "content": text} if texts else {}
-    if message["role"] == "tool":
-        return {**message, "content": "\n\n".join(texts) if texts else NO_RESULT}
-    return message
+def finish_message(message: Dict[str, Any]) -> Dict[str, Any]:
+    """A message of append_message() or pair_tool_results() in OpenAI's format; or {}.
+
+    Reasoning stays with tool calls, where models such as Kimi's and DeepSeek's require it. Their
+    IDs may contain it, too.
+    """
+    role, parts, calls = message["role"], message["content"], message.get("calls")
+    if role == "orphan":
+        text = "[Result of an unknown tool call]\n" + "\n\n".join(parts)
+        return {"role": "user", "content": text} if parts else {}
+    if role == "tool":
+        return {**message, "content": "\n\n".join(parts) if parts else NO_RESULT}
+    texts = [part["text"] for part in parts if part["type"] == "text"]
+    content = "\n\n".join(texts) if len(texts) == len(parts) else parts
+    fields: Dict[str, Any] = {"tool_calls": calls, **pop_reasoning(calls)} if calls else {}
+    if calls and message["reasoning"]:
+        fields["reasoning_content"] = "\n\n".join(message["reasoning"])
+    return {"role": role, "content": content or None, **fields} if content or calls else {}
 
 
 EXTRA = "__extra_"
@@ -8847,7 +8829,6 @@ def sent_id(value: Any) -> Tuple[Optional[str], Optional[Dict[str, Any]]]:
 
 
 CALL_ID_FIELDS = ("id", "call_id", "tool_call_id", "tool_use_id")
-SIGNATURES = ("signature", "encrypted_content")
 
 
 def without_own_marks(value: Any, levels: int = 5) -> Any:
@@ -8868,11 +8849,16 @@ def without_own_marks(value: Any, levels: int = 5) -> Any:
 
 
 def is_own_reasoning(item: Any) -> bool:
-    """Whether a block or item is reasoning of ours, or consists of it."""
-    fields = as_dict(item)
-    content, signatures = as_list(fields.get("content")), map(fields.get, SIGNATURES)
-    is_marked = UNSIGNED in signatures or as_str(fields.get("id")).startswith(UNSIGNED_ID)
-    return is_marked or content != [] and all(map(is_own_reasoning, content))
+    """Whether a block or item is reasoning of ours, or a message that consists of it."""
+    content = as_list(as_dict(item).get("content"))
+    return has_own_mark(item) or content != [] and all(map(has_own_mark, content))
+
+
+def has_own_mark(block: Any) -> bool:
+    """Whether a block or item is marked as reasoning of ours."""
+    fields = as_dict(block)
+    signatures = fields.get("signature"), fields.get("encrypted_content")
+    return UNSIGNED in signatures or as_str(fields.get("id")).startswith(UNSIGNED_ID)
 
 
 def count_values(value: Any) -> int:
@@ -8994,7 +8980,6 @@ class Messages(BlockDialect):
         return None
 
     def convert_tool_choice(self, choice: Dict[str, Any], tools: List[Dict[str, Any]]) -> Any:
-        """Convert ``tool_choice``."""
         choice_type = choice.get("type")
         if choice_type == "tool":
             return self.chosen_tool(choice, tools)
@@ -9038,11 +9023,9 @@ class Messages(BlockDialect):
         return b"" if style == "off" else event_frame("ping")
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        return {
-            **self.message_object(list(map(self.content_block, self.answer_blocks(answer)))),
-            **self.stop_fields(answer.finish),
-            "usage": self.usage_object(answer.finish),
-        }
+        message = self.message_object(list(map(self.content_block, self.answer_blocks(answer))))
+        usage = self.usage_object(answer.finish)
+        return {**message, **self.stop_fields(answer.finish), "usage": usage}
 
     def message_object(self, content: List[Dict[str, Any]]) -> Dict[str, Any]:
         head = {"id": self.id, "type": "message", "role": "assistant", "model": self.model}
@@ -9113,10 +9096,8 @@ def overflow_message(error: APIError) -> str:
     if error.overflow is None or error.message.startswith("prompt is too long"):
         return error.message
     if 0 < prompt < limit and output:
-        return (
-            f"input length and `max_tokens` exceed context limit: {prompt} + {output} > {limit}, "
-            "decrease input length or `max_tokens` and try again"
-        )
+        sizes = f"{prompt} + {output} > {limit}, decrease input length or `max_tokens`"
+        return f"input length and `max_tokens` exceed context limit: {sizes} and try again"
     known = f"{prompt} tokens > {limit} maximum" if prompt > limit > 0 else error.message
     return f"prompt is too long: {known}"
 
@@ -9318,7 +9299,6 @@ class Responses(BlockDialect):
         return converted
 
     def convert_tool_choice(self, choice: Any, tools: List[Dict[str, Any]]) -> Any:
-        """Convert ``tool_choice``."""
         fields = as_dict(choice)
         if fields.get("type") in self.FUNCTION_TYPES:
             return self.chosen_tool(fields, tools)
@@ -9365,7 +9345,6 @@ class Responses(BlockDialect):
         return frames + self.part_frame("added", event)
 
     def wire(self, event: BlockEvent) -> ItemWire:
-        """The kind of an event's item."""
         is_custom = isinstance(event, ToolCall) and event.name in self.custom_tools
         return self.CUSTOM_CALL if is_custom else self.ITEMS[type(event)]
 
@@ -9420,7 +9399,6 @@ class Responses(BlockDialect):
         return self.response_object(answer.finish)
 
     def response_object(self, finish: Optional[Finish] = None) -> Dict[str, Any]:
-        """The response's current state."""
         original, usage = self.call.original, finish and finish.usage
         sent = as_dict(original.body) if len(original.raw_body) <= self.ECHO_LIMIT else {}
         reason = finish and self.INCOMPLETE_REASONS.get(finish.reason)
@@ -9538,13 +9516,11 @@ MAX_PART_HEAD = 4096
 MODEL_IN_PATH = frozenset(("deployments", "engines", "models"))
 _UTF_8 = r'(?: *; *charset="?utf-8"?)?'
 _MULTIPART = re.compile(
-    rf"multipart/form-data{_UTF_8} *; *boundary=(\"?)([0-9A-Za-z'()+_,./:=?-]{{1,70}})\1{_UTF_8}",
-    re.I,
+    rf"(?i)multipart/form-data{_UTF_8} *; *boundary=(\"?)([0-9a-z'()+_,./:=?-]{{1,70}})\1{_UTF_8}"
 )
 _DISPOSITION = re.compile(
-    r'form-data; *name=(?:"([^"\\%]*)"|([A-Za-z0-9_.-]+))'
-    r'(; *filename=(?:"[^"\\]*"|[^;"\\ ]+))?(; *filename\*=[^;" ]+)?',
-    re.I,
+    r'(?i)form-data; *name=(?:"([^"\\%]*)"|([A-Za-z0-9_.-]+))'
+    r'(; *filename=(?:"[^"\\]*"|[^;"\\ ]+))?(; *filename\*=[^;" ]+)?'
 )
 
 
