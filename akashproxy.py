@@ -2735,7 +2735,7 @@ class Transport:
         login = proxy_authorization(self.proxy) if self.connections.forwarded else {}
         defaults = {"User-Agent": settings.user_agent, "Accept-Encoding": "identity"}
         titled = {name.title(): value for name, value in {**defaults, **headers}.items()}
-        self.headers = {"Host": base.split("/")[2], **login, **titled}
+        self.headers = {"Host": urllib.parse.urlsplit(base).netloc, **login, **titled}
 
     def start_request(
         self,
