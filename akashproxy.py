@@ -4562,11 +4562,11 @@ NAMED_STATUS = {
 }
 # fmt: on
 # The same by the beginning of a message, for errors without such a name.
-WORDED_STATUS = (
-    (401, "^(?:login fail|invalid api.?key|unauthori[sz]ed|authentication)"),
-    (429, "^.{0,60}(?:rate.?limit|too many requests|limit (?:reached|exceeded))"),
-    (502, ""),
-)
+WORDED_STATUS = {
+    401: "^(?:login fail|invalid api.?key|unauthori[sz]ed|authentication)",
+    429: "^.{0,60}(?:rate.?limit|too many requests|limit (?:reached|exceeded))",
+    502: "",
+}
 # Codes of errors that come without one.
 DEFAULT_CODES = {Category.MODEL: "model_not_found", Category.UNSUPPORTED: "upstream_error"}
 
@@ -4745,7 +4745,8 @@ def error_status(status: int, fields: Dict[str, Any], words: str) -> int:
             return int(value)
     names = fields.get("code"), fields.get("type"), fields.get("status")
     named = named_status(*names) or litellm_status(words)
-    return named or next(code for code, start in WORDED_STATUS if re.search(start, words, re.I))
+    worded = (code for code, start in WORDED_STATUS.items() if re.search(start, words, re.I))
+    return named or next(worded)
 
 
 def named_status(*names: Any) -> Optional[int]:
@@ -7234,10 +7235,11 @@ class Upstream:
             **{(name,): value for name, value in self.controller.metrics().items()},
         }
 
-    def log_exception(self, error: APIError) -> None:
-        """Log the exception behind an error, with its traceback once per line of code."""
+    def log_exception(self, exception: Exception) -> APIError:
+        """Return its APIError; log a bug, with its traceback once per line of code."""
+        error = controller_error(exception, self.name)
         if error.bug is None:
-            return
+            return error
         *_, (frame, line) = traceback.walk_tb(error.bug.__traceback__)
         location = type(error.bug), frame.f_code.co_filename, line
         log.error(
@@ -7248,6 +7250,7 @@ class Upstream:
             exc_info=None if location in self.logged_exceptions else error.bug,
         )
         self.logged_exceptions.add(location)
+        return error
 
     def list_models(self) -> ModelList:
         """Read its model list. Models that the configuration names are always included."""
@@ -7257,8 +7260,7 @@ class Upstream:
             by_name = {model["id"]: model for model in self.controller.models()}
             names = frozenset(by_name)
         except Exception as failure:
-            error = controller_error(failure, self.name)
-            self.log_exception(error)
+            error = self.log_exception(failure)
         patterns = self.options.models
         by_id = {name: by_name[name] for name in by_name if model_allowed(patterns, name)}
         targets = self.options.model_map
@@ -7647,8 +7649,7 @@ class Pool:
         try:
             error = upstream.adapted.check_support(call)
         except Exception as bug:
-            error = controller_error(bug, upstream.name)
-            upstream.log_exception(error)
+            error = upstream.log_exception(bug)
             with self.lock:
                 upstream.record_result(error, self.clock(), self.clock())
             return error
@@ -7702,8 +7703,7 @@ class Pool:
             try:
                 return upstream.controller.image(name, scope)
             except Exception as exception:
-                failure = controller_error(exception, upstream.name)
-                upstream.log_exception(failure)
+                failure = upstream.log_exception(exception)
                 error = failure if failure.status != 404 else error
         raise error
 
@@ -7747,7 +7747,7 @@ class Pool:
             try:
                 upstream.controller.on_tick(now)
             except Exception as bug:  # the queue must go on
-                upstream.log_exception(controller_error(bug, upstream.name))
+                upstream.log_exception(bug)
             with self.lock:
                 limit = upstream.due_limit(self.clock())
             if limit:
@@ -7759,7 +7759,7 @@ class Pool:
         try:
             is_over = upstream.controller.limit_is_over()
         except Exception as error:
-            upstream.log_exception(controller_error(error, upstream.name))
+            upstream.log_exception(error)
         with self.lock:
             if is_over:
                 log.info("%s: the rate limit is over", upstream.name)
@@ -7947,7 +7947,7 @@ class Exchange:
     def commit(self) -> None:
         """Note that the client gets this response, which ends failover."""
         self.committed = True
-        self.route.append(f"{self._label()}=200")
+        self._add_to_route(200)
 
     def fail_over(self, error: APIError) -> None:
         """Give up the attempt. Raises the error if its category rules out another one."""
@@ -7958,11 +7958,10 @@ class Exchange:
         name = self.upstream.name
         if self.other_models and error.category is Category.RATE_LIMIT:
             error.cooldown_scope = "model"  # the other models may have limits of their own
-        self.route.append(f"{self._label()}={error.upstream_status or error.status}")
+        self._add_to_route(error.upstream_status or error.status)
         self._end_attempt(error)
-        message = without_name(error.message, name)
-        if not error.reason or message == error.message:  # else a warning has said the same
-            log.info("%s: %s", name, message)
+        if not error.reason:  # else a warning has said the same
+            log.info("%s: %s", name, without_name(error.message, name))
         if self.other_models and error.code == "context_length_exceeded":
             self._give_up_model(error)  # another model may have room for the conversation
         elif not FAILURE_POLICY[error.category].fail_over or self.cancellation.reason:
@@ -7970,10 +7969,10 @@ class Exchange:
         else:
             self.errors.append(error)
 
-    def _label(self) -> str:
-        """The upstream in the route, with the model if an alias has several."""
-        name: str = self.upstream.name
-        return f"{name}({self.call.model})" if self.show_models else name
+    def _add_to_route(self, status: int) -> None:
+        """Note the status of an attempt, with the model if an alias has several."""
+        model = f"({self.call.model})" if self.show_models else ""
+        self.route.append(f"{self.upstream.name}{model}={status}")
 
     def _close_response(self) -> None:
         response, self.response = self.response, None
@@ -7981,7 +7980,7 @@ class Exchange:
             try:
                 response.close()
             except Exception as error:
-                self.upstream.log_exception(controller_error(error, self.upstream.name))
+                self.upstream.log_exception(error)
 
     def _end_attempt(self, error: Optional[APIError]) -> None:
         """Release the upstream, with the error that ended the attempt, if any."""
