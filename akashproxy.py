@@ -595,7 +595,7 @@ class APIError(Exception):
     retry_after: Optional[float] = None
     retry: Optional[bool] = None
     legacy_message: str = ""
-    category: Any = None  # a Category
+    category: Category = field(default=None)  # type: ignore[assignment]
     cooldown_scope: str = "controller"
     upstream_status: Optional[int] = None
     overflow: Optional[Overflow] = None
@@ -2221,9 +2221,9 @@ class UpstreamRequest(urllib.request.Request):
         body: Union[bytes, bytearray, None],
         scope: CancelScope,
         timeouts: Timeouts,
-        retry_reason: str = "",
+        retry_reason: str,
     ) -> None:
-        """With a ``retry_reason`` it needs a new connection, as it is repeated."""
+        """With a ``retry_reason`` it is repeated, and needs a new connection."""
         super().__init__(url, origin_req_host="", method=method)
         self.fields, self.body, self.scope = fields, body, scope
         self.timeouts, self.retry_reason = timeouts, retry_reason
@@ -4916,7 +4916,7 @@ _DELAY_FIELD = re.compile(
 def _stated_delays(
     value: Any, now: Callable[[], float], limit: bool = True, depth: int = 5
 ) -> Iterator[Optional[float]]:
-    """Delays in headers, or in an error body and the headers that it quotes; outer ones first."""
+    """Delays in headers, or in an error body with quoted headers; outer ones first."""
     if not depth or not isinstance(value, (dict, list)):
         return
     items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -5112,11 +5112,17 @@ def _find_parts(text: str, form: str) -> Iterator[Tuple[int, int]]:
         while at >= 0:
             before = text[max(0, at - offset) : at][::-1], form[:offset][::-1]
             after = text[at : at + len(form)], form[offset:]
-            start = at - len(os.path.commonprefix(before))
-            end = at + len(os.path.commonprefix(after))
+            start = at - common_length(*before)
+            end = at + common_length(*after)
             if start == at - offset or end - start >= 12:
                 yield start, end
             at = text.find(block, end)
+
+
+def common_length(first: str, second: str) -> int:
+    """Length of the longest common prefix of two strings."""
+    differing = (at for at, (one, other) in enumerate(zip(first, second)) if one != other)
+    return next(differing, min(len(first), len(second)))
 
 
 # == 12. akash ================================================================================
@@ -7196,6 +7202,8 @@ class Upstream:
         self, model: str, ignored: Tuple[Category, ...] = ()
     ) -> Dict[Tuple[Category, str], CoolDown]:
         """The cool-downs that apply to a model, except for the ignored categories."""
+        if not self.cooldowns:
+            return {}
         scopes = ("", self.controller.upstream_model(model))
         items = self.cooldowns.items()
         return {key: each for key, each in items if key[1] in scopes and key[0] not in ignored}
