@@ -2275,7 +2275,7 @@ class ConnectionPool(urllib.request.BaseHandler):
             scope.deadline, scope.timeout_message = deadline, timeouts.first_byte_message
             scope.timeout_category = Category.CUT
             try:
-                if reused:
+                if sock.gettimeout() is not None:
                     sock.setblocking(True)
                 for part in request.parts():
                     sock.sendall(part)
@@ -2297,8 +2297,6 @@ class ConnectionPool(urllib.request.BaseHandler):
 
     def release(self, sock: Any, seconds: float) -> None:
         """Keep a connection for reuse within ``seconds``."""
-        if sock.gettimeout() is None:
-            sock.setblocking(False)  # for peek()
         with self.lock:
             if not self.closed:
                 self.idle.append((time.monotonic() + seconds, sock))
@@ -2486,6 +2484,10 @@ def keepalive_seconds(headers: Dict[str, str]) -> float:
     return max(0.0, float(match[1]) - 1) if match else 30.0
 
 
+# Makes one recv() of a blocking socket not block.
+DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
+PEEK = socket.MSG_PEEK | DONTWAIT
+
 try:
     from ssl import SSLEOFError as RaggedEnd, SSLWantReadError as WantRead
 except ImportError:  # a Python without ssl
@@ -2493,9 +2495,11 @@ except ImportError:  # a Python without ssl
 
 
 def peek(sock: Any) -> Optional[bytes]:
-    """Peek at a non-blocking socket: one byte, b"" if it is closed, None if empty."""
+    """Peek at the next byte: b"" if the peer has closed, None if nothing has arrived."""
     try:
-        return socket.socket.recv(sock, 1, socket.MSG_PEEK)
+        if not DONTWAIT and not select.select([sock], [], [], 0)[0]:  # Windows
+            return None
+        return socket.socket.recv(sock, 1, PEEK)
     except BlockingIOError:
         return None
     except OSError:

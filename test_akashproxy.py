@@ -7533,7 +7533,7 @@ def test_no_more_threads_for_a_client_that_got_pings(a, pool):
 
 
 def test_client_sockets_never_block(serve):
-    """A blocking socket could stop the loop."""
+    """Some platforms have no MSG_DONTWAIT: there a blocking socket could stop the loop."""
     server = serve()
     with connect(server, b"GET "):
         wait_for(lambda: server.connections)
