@@ -2640,6 +2640,17 @@ class UpstreamResponse:
             failure.category = Category.CUT
         return failure
 
+    def make_nonblocking(self) -> int:
+        """Let recv() not block if called with the flags returned.
+
+        Where a flag is enough, the socket stays as it is: a system call that changes it lets go of
+        the interpreter, for which all workers would then compete again.
+        """
+        if DONTWAIT and not hasattr(self.sock, "pending"):  # not TLS, which takes no flags
+            return DONTWAIT
+        self.sock.setblocking(False)
+        return 0
+
     def reset_idle_deadline(self, started: bool = True) -> None:
         """Set the deadline of the next read, or of the first content until it has arrived."""
         timeouts = self.timeouts
@@ -10517,7 +10528,7 @@ class StreamRelay:
 
     def start(self) -> None:
         """Take over from the worker that has sent the request to the upstream."""
-        self.upstream.setblocking(False)
+        self.recv_flags = self.stream.response.make_nonblocking()
         if self.connection.state is CLOSED:
             self.on_client_disconnect()
             return
@@ -10546,7 +10557,7 @@ class StreamRelay:
         """Read once from the readable upstream, and write once to the client."""
         stream = self.stream
         try:
-            data = self.upstream.recv(RECV_SIZE)
+            data = self.upstream.recv(RECV_SIZE, self.recv_flags)
             if self.fast_path:
                 # Nearly every read of a live stream is one chunk that holds one token. To relay it
                 # without events saves a quarter of its CPU time.
