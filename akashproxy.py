@@ -179,27 +179,18 @@ import urllib.parse
 import urllib.request
 import zlib
 from collections import OrderedDict, defaultdict, deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
+from re import Pattern
 from typing import (
     Any,
     Callable,
     ClassVar,
-    Deque,
-    Dict,
-    Generator,
     Generic,
-    Iterable,
-    Iterator,
-    List,
     NamedTuple,
     NoReturn,
     Optional,
-    Pattern,
-    Sequence,
-    Set,
-    Tuple,
-    Type,
     TypeVar,
     Union,
     get_args,
@@ -279,7 +270,7 @@ STRING_SLICE = 1 << 16  # bytes or characters
 
 def _parse_large(data: bytes, decode: Callable[[str], Any]) -> Any:
     """Parse with placeholders for the long strings, which are decoded in slices."""
-    strings: Dict[str, str] = {}
+    strings: dict[str, str] = {}
     skeleton, copied, nonce = bytearray(), 0, os.urandom(12).hex()
     for number, slices in enumerate(_long_strings(data)):
         decoded = bytearray()
@@ -298,7 +289,7 @@ def _parse_large(data: bytes, decode: Callable[[str], Any]) -> Any:
     return value
 
 
-def _long_strings(data: bytes) -> List[List[Tuple[int, int]]]:
+def _long_strings(data: bytes) -> list[list[tuple[int, int]]]:
     """Slices of each long string of a JSON text, as (begin, end), except for keys."""
     if b"\\" in data:
         # Same length, but now every quote delimits a string and every backslash begins an escape.
@@ -311,7 +302,7 @@ def _long_strings(data: bytes) -> List[List[Tuple[int, int]]]:
     return [_slices(data, begin, end) for begin, end in spans]
 
 
-def _slices(data: bytes, begin: int, end: int) -> List[Tuple[int, int]]:
+def _slices(data: bytes, begin: int, end: int) -> list[tuple[int, int]]:
     """Slices of a string that split no character, escape or surrogate pair."""
     slices = []
     while end - begin > STRING_SLICE:
@@ -330,12 +321,12 @@ def _slices(data: bytes, begin: int, end: int) -> List[Tuple[int, int]]:
 _SURROGATE_PAIR = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]")
 
 
-def _strings_in(value: Any) -> Iterator[Tuple[Any, Any, str]]:
+def _strings_in(value: Any) -> Iterator[tuple[Any, Any, str]]:
     """Iterate over the strings within a value, as (container, key, string)."""
     containers = [value]
     while containers:
         container = containers.pop()
-        items: Iterable[Tuple[Any, Any]] = ()
+        items: Iterable[tuple[Any, Any]] = ()
         if isinstance(container, dict):
             items = container.items()
         elif isinstance(container, list):
@@ -347,7 +338,7 @@ def _strings_in(value: Any) -> Iterator[Tuple[Any, Any, str]]:
                 containers.append(item)
 
 
-def request_json(value: Any, size: int) -> Union[bytes, bytearray]:
+def request_json(value: Any, size: int) -> bytes | bytearray:
     """Serialize a request body, with little memory if the request was large.
 
     ``size`` is that of the request in bytes. The value is modified and restored meanwhile, so no
@@ -430,7 +421,7 @@ def _finite(digits: str) -> float:
     return value
 
 
-def _finite_or_none(digits: str) -> Optional[float]:
+def _finite_or_none(digits: str) -> float | None:
     value = float(digits)
     return None if math.isinf(value) else value
 
@@ -454,7 +445,7 @@ _decode_any = json.JSONDecoder(
 ).decode
 
 
-def as_dict(value: Any) -> Dict[str, Any]:
+def as_dict(value: Any) -> dict[str, Any]:
     """The value if it is a dict, else an empty dict; for untrusted JSON."""
     return value if isinstance(value, dict) else {}
 
@@ -464,12 +455,12 @@ def as_str(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-def as_list(value: Any) -> List[Any]:
+def as_list(value: Any) -> list[Any]:
     """The value if it is a list, else an empty list; for untrusted JSON."""
     return value if isinstance(value, list) else []
 
 
-def count_or_none(value: Any) -> Optional[int]:
+def count_or_none(value: Any) -> int | None:
     """The value if it is an integer from 0 to 2^53 - 1, which every client can read."""
     return value if type(value) is int and 0 <= value < 1 << 53 else None
 
@@ -513,7 +504,7 @@ def similar_to(name: str, names: Sequence[str], count: int = 1) -> str:
     )
 
 
-def _sha256(text: Union[str, bytes]) -> str:
+def _sha256(text: str | bytes) -> str:
     import hashlib
 
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
@@ -549,7 +540,7 @@ class ErrorDefaults(NamedTuple):
 
     category: Category = Category.SERVER
     type: str = "invalid_request_error"
-    code: Optional[str] = None
+    code: str | None = None
 
 
 DEFAULTS_BY_STATUS = {
@@ -590,17 +581,17 @@ class APIError(Exception):
     status: int
     message: str  # it goes to logs and /status, and may quote an upstream
     type: str = ""
-    code: Optional[str] = None
-    param: Optional[str] = None
-    retry_after: Optional[float] = None
-    retry: Optional[bool] = None
+    code: str | None = None
+    param: str | None = None
+    retry_after: float | None = None
+    retry: bool | None = None
     legacy_message: str = ""
     category: Category = field(default=None)  # type: ignore[assignment]
     cooldown_scope: str = "controller"
-    upstream_status: Optional[int] = None
-    overflow: Optional[Overflow] = None
+    upstream_status: int | None = None
+    overflow: Overflow | None = None
     reason: str = ""
-    bug: Optional[Exception] = None
+    bug: Exception | None = None
 
     def __post_init__(self) -> None:
         self.message = shorten(self.message, 1500)
@@ -611,7 +602,7 @@ class APIError(Exception):
         self.legacy_message = self.legacy_message or self.message
         self.category = Category(self.category or default.category)
 
-    def headers(self) -> Dict[str, str]:
+    def headers(self) -> dict[str, str]:
         """Response headers of the error, the same in all dialects."""
         headers = {}
         if self.retry_after is not None:
@@ -627,7 +618,7 @@ class APIError(Exception):
 class ConfigError(Exception):
     """Invalid settings; ``problems`` is a list of messages."""
 
-    def __init__(self, problems: List[str]) -> None:
+    def __init__(self, problems: list[str]) -> None:
         super().__init__("; ".join(problems))
         self.problems = problems
 
@@ -651,7 +642,7 @@ class ProtocolError(ValueError):
         self.status = status
 
 
-def bad_request(message: str, param: Optional[str] = None, code: Optional[str] = None) -> APIError:
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> APIError:
     """400: invalid request; ``param`` is the key path of the invalid value."""
     return APIError(400, message, param=param, code=code)
 
@@ -680,7 +671,7 @@ def akash_model_not_found(model: str) -> APIError:
 
 
 def number_field(
-    body: Dict[str, Any], name: str, default: Any, integer: bool = False, minimum: float = 0
+    body: dict[str, Any], name: str, default: Any, integer: bool = False, minimum: float = 0
 ) -> Any:
     """Return a number of a request body; APIError 400 if it is not one, or too small."""
     value = body.get(name)
@@ -714,7 +705,7 @@ class Refusal(Text):
 class Citation:
     """A source of the text before it: an annotation of OpenAI's with a "url_citation"."""
 
-    annotation: Dict[str, Any]
+    annotation: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -738,9 +729,9 @@ class ToolCall:
 
     index: int
     arguments: str = ""
-    id: Optional[str] = None
-    name: Optional[str] = None
-    extra: Optional[Dict[str, Any]] = None
+    id: str | None = None
+    name: str | None = None
+    extra: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -754,7 +745,7 @@ class Image:
     prompt: str
     name: str
     url: str
-    data: Optional[bytes] = None
+    data: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -770,11 +761,11 @@ class Finish:
     """End of an answer: OpenAI's finish_reason; usage and stop sequence if known."""
 
     reason: str
-    usage: Optional[Dict[str, int]] = None
-    stop_sequence: Optional[str] = None
+    usage: dict[str, int] | None = None
+    stop_sequence: str | None = None
 
 
-def is_estimated(usage: Dict[str, Any]) -> bool:
+def is_estimated(usage: dict[str, Any]) -> bool:
     """Whether token counts are estimated here, or by an upstream that says so."""
     return usage.get("estimated") is True
 
@@ -784,13 +775,13 @@ class RawBytes:
     """Bytes in the client's own dialect, passed through unchanged."""
 
     data: bytes
-    usage: Optional[Dict[str, Any]] = None  # of the answer, if the bytes contain it
+    usage: dict[str, Any] | None = None  # of the answer, if the bytes contain it
 
 
 Event = Union[
     Text, Citation, Reasoning, TextWasReasoning, ToolCall, Image, ImageProgress, Finish, RawBytes
 ]
-EVENTS: Tuple[Type[Event], ...] = get_args(Event)
+EVENTS: tuple[type[Event], ...] = get_args(Event)
 TextEvent = Union[Text, Reasoning]
 BlockEvent = Union[Text, Reasoning, ToolCall]  # what an answer's content consists of
 
@@ -815,13 +806,13 @@ class CancelScope:
     The event loop calls cancel_overdue().
     """
 
-    active: ClassVar[Set[CancelScope]] = set()  # those with a socket
+    active: ClassVar[set[CancelScope]] = set()  # those with a socket
 
     sock: Any = None
     deadline = math.inf  # by time.monotonic()
     timeout_message = ""  # message of the error when the deadline passes
     timeout_category = Category.NETWORK  # of that error; CUT once the upstream is connected
-    reason: Optional[Exception] = None
+    reason: Exception | None = None
     shutdown_how = socket.SHUT_RDWR
 
     @classmethod
@@ -873,7 +864,7 @@ class Cancellation:
     Any thread may call cancel(); all else belongs to the thread that processes the request.
     """
 
-    reason: Optional[Exception] = None
+    reason: Exception | None = None
     is_shielded = False  # within shield()
     wakeup: Any = None  # an Event, or anything with its set()
 
@@ -881,7 +872,7 @@ class Cancellation:
         self.client_has_left = client_has_left  # peeks at the connection
         self.scope = CancelScope()  # of the current attempt
 
-    def cancel(self, reason: Optional[Exception] = None) -> None:
+    def cancel(self, reason: Exception | None = None) -> None:
         """Shut the upstream's socket down and end a sleep(). Any thread."""
         # A race: new_scope() and sleep() set scope and wakeup, then check the reason. Setting the
         # reason first, at least one of the two threads sees what the other has written.
@@ -927,10 +918,10 @@ class Cancellation:
 class OriginalRequest:
     """A client's own request, for upstreams that speak its dialect."""
 
-    headers: Dict[str, str] = field(default_factory=dict)  # the few that are forwarded
+    headers: dict[str, str] = field(default_factory=dict)  # the few that are forwarded
     path = CHAT_PATH  # "": none, as the chat was rewritten
     query = ""  # with its "?"
-    body: Optional[Dict[str, Any]] = None  # None: not a JSON object
+    body: dict[str, Any] | None = None  # None: not a JSON object
     form_model: Any = None  # the FormField of raw_body that names the model
     raw_body = b""
     is_changed = False  # body differs from raw_body, or an upstream could read that differently
@@ -942,9 +933,9 @@ class Attempt:
     """State of one attempt, of which the controller sets all but the first field."""
 
     retry_reason: str = ""  # "session" or "connection": a second try
-    ignored_params: List[str] = field(default_factory=list)  # that the controller doesn't support
+    ignored_params: list[str] = field(default_factory=list)  # that the controller doesn't support
     overflow = ""  # the upstream will leave out the conversation's beginning: numbers
-    content_type: Optional[str] = None  # of a response passed through; None: it is translated
+    content_type: str | None = None  # of a response passed through; None: it is translated
     status = 200  # of that response
 
 
@@ -963,13 +954,13 @@ class Call:
     current one. Only the model changes, as aliases are resolved.
     """
 
-    body: Dict[str, Any]
+    body: dict[str, Any]
     stream: bool = False
     relay_only: bool = False  # has no form as a chat
     image_count: int = 0  # 0: a chat
     images_as_bytes: bool = False  # else as URLs
-    translation_error: Optional[APIError] = None  # raised by controllers that can't relay it
-    allowed_models: Tuple[str, ...] = ()  # patterns of the client's key; (): all
+    translation_error: APIError | None = None  # raised by controllers that can't relay it
+    allowed_models: tuple[str, ...] = ()  # patterns of the client's key; (): all
     key_name = ""  # of the client's key
     one_image_at_a_time = False  # for a key with max_concurrency
     client = ""  # the key's name or, without one, the client's address
@@ -980,9 +971,9 @@ class Call:
         self.requested_model = self.model  # before aliases are resolved
         if len(self.model) > MAX_NAME:
             raise model_not_found(self.model)
-        self.untranslated: List[str] = []  # key paths that have no equivalent in ``body``
+        self.untranslated: list[str] = []  # key paths that have no equivalent in ``body``
         self.original = OriginalRequest()
-        self.prepared_requests: Dict[str, Any] = {}  # translated, by the controller's name
+        self.prepared_requests: dict[str, Any] = {}  # translated, by the controller's name
 
     # Made on first use: a request brings its own cancellation, and each attempt is a new one.
 
@@ -1019,18 +1010,18 @@ class Answer:
 
     text: str = ""
     reasoning: str = ""
-    tools: List[ToolCall] = field(default_factory=list)
-    images: List[Image] = field(default_factory=list)
+    tools: list[ToolCall] = field(default_factory=list)
+    images: list[Image] = field(default_factory=list)
     finish: Finish = Finish("stop")
     refusal_text: str = ""
-    citations: List[Citation] = field(default_factory=list)
+    citations: list[Citation] = field(default_factory=list)
 
 
 def fold(events: Iterable[Event]) -> Answer:
     """Join the events of an answer; bytes that are passed through are left out."""
     answer = Answer()
-    texts: Dict[Type[Event], List[str]] = {Text: [], Refusal: [], Reasoning: []}
-    tools: Dict[str, List[ToolCall]] = {}
+    texts: dict[type[Event], list[str]] = {Text: [], Refusal: [], Reasoning: []}
+    tools: dict[str, list[ToolCall]] = {}
     for event in events:
         if isinstance(event, (Text, Reasoning)):
             texts[type(event)].append(event.text)
@@ -1051,7 +1042,7 @@ def fold(events: Iterable[Event]) -> Answer:
     return answer
 
 
-def join_tool_call(fragments: List[ToolCall]) -> ToolCall:
+def join_tool_call(fragments: list[ToolCall]) -> ToolCall:
     arguments = "".join(fragment.arguments for fragment in fragments) or "{}"
     return dataclasses.replace(fragments[0], arguments=arguments)
 
@@ -1065,7 +1056,7 @@ def setting(
     default: Any,
     help: str,
     check: Callable[[Any], Any] = lambda value: value,
-    secret: Union[bool, Callable[[str], str]] = False,
+    secret: bool | Callable[[str], str] = False,
 ) -> Any:
     """Declare a setting as a dataclass field.
 
@@ -1110,7 +1101,7 @@ def listen_address(text: str) -> str:
     return text
 
 
-def split_address(text: str) -> Tuple[str, int]:
+def split_address(text: str) -> tuple[str, int]:
     """Split into host ("" for all interfaces) and port. localhost becomes 127.0.0.1."""
     host, colon, port = text.rpartition(":")
     if not colon:
@@ -1171,7 +1162,7 @@ def proxy_url(text: str) -> str:
     return text
 
 
-def proxy_credentials(url: str) -> Tuple[bytes, bytes]:
+def proxy_credentials(url: str) -> tuple[bytes, bytes]:
     """User and password in a proxy's URL, decoded; empty if there are none."""
     parts = urllib.parse.urlsplit(url)
     return (
@@ -1185,7 +1176,7 @@ def without_password(url: str) -> str:
     return re.sub(r"^(\w+://[^:]*:).*@", r"\1********@", url)
 
 
-def environment_proxies(environ: Dict[str, str], problems: List[str]) -> Dict[str, str]:
+def environment_proxies(environ: dict[str, str], problems: list[str]) -> dict[str, str]:
     """Values of HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, by lower-case name.
 
     As with curl, lower case takes precedence and a proxy without a scheme is an HTTP proxy.
@@ -1202,7 +1193,7 @@ def environment_proxies(environ: Dict[str, str], problems: List[str]) -> Dict[st
     return proxies
 
 
-def environment_proxy(proxies: Dict[str, str], url: str) -> str:
+def environment_proxy(proxies: dict[str, str], url: str) -> str:
     """The proxy of the environment for a URL; "" for a direct connection."""
     parts = urllib.parse.urlsplit(url)
     proxy = proxies.get(f"{parts.scheme}_proxy") or proxies.get("all_proxy", "")
@@ -1233,7 +1224,7 @@ def web_origin(text: str) -> str:
     return match[1]
 
 
-def additional_headers(headers: Dict[str, str]) -> Dict[str, str]:
+def additional_headers(headers: dict[str, str]) -> dict[str, str]:
     """Check request headers. Those that frame or route the request can't be set."""
     for name, value in headers.items():
         if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
@@ -1264,7 +1255,7 @@ def one_of(*values: str) -> Callable[[str], str]:
     return check
 
 
-def alias_targets(aliases: Dict[str, Any]) -> Dict[str, Any]:
+def alias_targets(aliases: dict[str, Any]) -> dict[str, Any]:
     """Check model aliases: each is for a model, or for a list to try in order."""
     for alias, target in aliases.items():
         models = target if isinstance(target, (list, tuple)) else [target]
@@ -1289,11 +1280,11 @@ class ValidatedSettings:
         cls.__doc__ = "\n".join([f"{cls.__doc__}\n", *lines])
 
     def __post_init__(self) -> None:
-        problems: List[str] = []
+        problems: list[str] = []
         for name, item in setting_fields(type(self)).items():
             with collecting_errors(problems, name):
                 value = getattr(self, name)
-                if item.type.startswith("Tuple") and isinstance(value, str):
+                if item.type.startswith("tuple") and isinstance(value, str):
                     value = from_text(item, value)
                 if isinstance(value, list):
                     value = tuple(value)
@@ -1301,7 +1292,7 @@ class ValidatedSettings:
         if problems:
             raise ConfigError(problems)
 
-    def redacted_items(self) -> List[Tuple[str, str]]:
+    def redacted_items(self) -> list[tuple[str, str]]:
         """(name, value) of each setting, with secrets redacted."""
         items = []
         for name, item in setting_fields(type(self)).items():
@@ -1332,19 +1323,19 @@ class ControllerSettings(ValidatedSettings):
         header_value, secret=True)
     proxy: str = setting("",
         "proxy to the upstream; default: PROXY", proxy_url, secret=without_password)
-    headers: Dict[str, str] = setting({},
+    headers: dict[str, str] = setting({},
         "additional request headers", additional_headers, secret=True)
-    models: Tuple[str, ...] = setting((),
+    models: tuple[str, ...] = setting((),
         "names or patterns of the models it serves; default: those its /v1/models lists")
-    model_map: Dict[str, str] = setting({}, "the upstream's model name by the client's")
-    drop: Tuple[str, ...] = setting((),
+    model_map: dict[str, str] = setting({}, "the upstream's model name by the client's")
+    drop: tuple[str, ...] = setting((),
         "request parameters to remove, also within messages, for upstreams that reject them")
-    rename: Dict[str, str] = setting({}, "request parameters to send under another name")
-    set: Dict[str, Any] = setting({}, "request parameters of chats to set, after drop and rename")
+    rename: dict[str, str] = setting({}, "request parameters to send under another name")
+    set: dict[str, Any] = setting({}, "request parameters of chats to set, after drop and rename")
     system_messages: str = setting("first",
         "where Messages and Responses put later system messages: first (merged) or user (text)",
         one_of("first", "user"))
-    paths: Tuple[str, ...] = setting((),
+    paths: tuple[str, ...] = setting((),
         "patterns of the paths to relay unchanged; default: all but /v1/messages and /v1/responses")
     max_concurrency: int = setting(0, "concurrent requests; 0: unlimited")
     tools: str = setting("",
@@ -1352,12 +1343,12 @@ class ControllerSettings(ValidatedSettings):
         "default: native, for akash refuse", one_of("native", "prompt", "refuse"))
     context_overflow: str = setting("", "overrides CONTEXT_OVERFLOW", one_of("warn", "refuse"))
     speed: float = setting(50.0, "words per second of an echo controller; 0: unlimited")
-    connect_timeout: Optional[float] = setting(None, "overrides CONNECT_TIMEOUT", positive)
-    first_byte_timeout: Optional[float] = setting(None, "overrides FIRST_BYTE_TIMEOUT", positive)
-    idle_timeout: Optional[float] = setting(None, "overrides IDLE_TIMEOUT", positive)
+    connect_timeout: float | None = setting(None, "overrides CONNECT_TIMEOUT", positive)
+    first_byte_timeout: float | None = setting(None, "overrides FIRST_BYTE_TIMEOUT", positive)
+    idle_timeout: float | None = setting(None, "overrides IDLE_TIMEOUT", positive)
     # fmt: on
     # Where --check says that a field's value comes from.
-    sources: Dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    sources: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -1370,10 +1361,10 @@ class ClientKeySettings(ValidatedSettings):
         lambda text: controller_name(not_empty(text)))
     key: str = setting(dataclasses.MISSING,
         "the token that the client sends", lambda text: header_value(not_empty(text)), secret=True)
-    models: Tuple[str, ...] = setting((), "names or patterns of the allowed models; default: all")
+    models: tuple[str, ...] = setting((), "names or patterns of the allowed models; default: all")
     requests_per_minute: int = setting(0, "model calls per minute; 0: unlimited")
     max_concurrency: int = setting(0, "concurrent model calls; 0: unlimited")
-    refuse_fields: Tuple[str, ...] = setting((), "body fields that requests must not contain")
+    refuse_fields: tuple[str, ...] = setting((), "body fields that requests must not contain")
     # fmt: on
 
 
@@ -1387,7 +1378,7 @@ class Settings(ValidatedSettings):
     config_file: str = setting("",
         "file with settings and controllers; default: the first one found")
     config_path: str = setting("", "directory to search for that file, instead of the default ones")
-    upstream: Tuple[str, ...] = setting((),
+    upstream: tuple[str, ...] = setting((),
         "URLs of OpenAI-compatible upstreams, comma-separated, instead of a file's controllers; "
         "openai: OPENAI_BASE_URL or OpenAI's own, with OPENAI_API_KEY",
         lambda text: text if text == "openai" else http_url(text))
@@ -1396,7 +1387,7 @@ class Settings(ValidatedSettings):
         one_of("balanced", "random", "least_busy", "affinity"))
     max_wait: float = setting(3.0,
         "seconds a request may wait while all controllers are cooling down or busy")
-    model_aliases: Dict[str, Any] = setting({},
+    model_aliases: dict[str, Any] = setting({},
         "model aliases, which may be patterns, and their targets: ALIAS=MODEL,ALIAS=MODEL; an "
         "alias that is repeated has several, to be tried in order", alias_targets)
     context_overflow: str = setting("warn",
@@ -1409,7 +1400,7 @@ class Settings(ValidatedSettings):
                 "must contain {tools} and {call}"))
     akash_base_url: str = setting("https://chat.akash.network",
         "URL of the Akash Chat server", http_url)
-    bearer_token: Tuple[str, ...] = setting((),
+    bearer_token: tuple[str, ...] = setting((),
         "tokens that clients may use, comma-separated; default: no token is needed",
         lambda text: header_value(not_empty(text)), secret=True)
     akash_access_token: str = setting("",
@@ -1428,14 +1419,14 @@ class Settings(ValidatedSettings):
     public_url: str = setting("",
         "URL of this server for clients; default: from their Host header", http_url)
     path_prefix: str = setting("", "path before all others, such as /secret", path_prefix)
-    trusted_proxies: Tuple[str, ...] = setting(("127.0.0.0/8", "::1/128"),
+    trusted_proxies: tuple[str, ...] = setting(("127.0.0.0/8", "::1/128"),
         "addresses or networks of reverse proxies whose X-Forwarded-For, -Host, -Prefix and -Proto "
         "are used in links and the log", lambda text: str(ipaddress.ip_network(text, strict=False)))
     page: str = setting("on", "chat page at /: on or off", one_of("on", "off"))
     metrics: str = setting("on",
         "Prometheus metrics at /metrics: on, public (without a token) or off",
         one_of("on", "public", "off"))
-    cors_origins: Tuple[str, ...] = setting((),
+    cors_origins: tuple[str, ...] = setting((),
         "origins whose pages may use this server, comma-separated, * for all; default: all if a "
         "token is needed, else local ones", web_origin)
     connect_timeout: float = setting(10.0,
@@ -1473,20 +1464,20 @@ class Settings(ValidatedSettings):
     log_level: str = setting("info",
         "debug, info, warning or error", one_of("debug", "info", "warning", "error"))
     # fmt: on
-    environment_proxies: Dict[str, str] = field(default_factory=dict, repr=False)
+    environment_proxies: dict[str, str] = field(default_factory=dict, repr=False)
     # In a configuration file only.
-    controllers: Tuple[ControllerSettings, ...] = ()  # (): one Akash Chat server
-    keys: Tuple[ClientKeySettings, ...] = ()  # in addition to bearer_token
+    controllers: tuple[ControllerSettings, ...] = ()  # (): one Akash Chat server
+    keys: tuple[ClientKeySettings, ...] = ()  # in addition to bearer_token
 
     @classmethod
-    def load(cls, environ: Dict[str, str], flags: Optional[Dict[str, str]] = None) -> Settings:
+    def load(cls, environ: dict[str, str], flags: dict[str, str] | None = None) -> Settings:
         """Load settings from flags ({field name: value}), the environment and a file.
 
         Flags override the environment, which overrides the file. Raises ConfigError with all
         problems found, each with its source.
         """
-        problems: List[str] = []
-        overrides: Dict[str, Any] = {}
+        problems: list[str] = []
+        overrides: dict[str, Any] = {}
         for name, item in setting_fields(cls).items():
             flag = (flags or {}).get(name)
             names = (name.upper(), APISERVER_VARIABLES.get(name, ""))
@@ -1517,9 +1508,9 @@ class Settings(ValidatedSettings):
             raise ConfigError(problems)
         return cls(**values)
 
-    def pool(self) -> List[ControllerSettings]:
+    def pool(self) -> list[ControllerSettings]:
         """Controllers with names and defaults filled in; Akash Chat if none is configured."""
-        pool: List[ControllerSettings] = []
+        pool: list[ControllerSettings] = []
         upstreams = [upstream_options(url, {}, []) for url in self.upstream]
         for options in self.controllers or upstreams or [ControllerSettings(type="akash")]:
             name = base = options.name or options.type
@@ -1529,7 +1520,7 @@ class Settings(ValidatedSettings):
             pool.append(dataclasses.replace(options, name=name, **self._defaults(options)))
         return pool
 
-    def _defaults(self, options: ControllerSettings) -> Dict[str, Any]:
+    def _defaults(self, options: ControllerSettings) -> dict[str, Any]:
         """Values for the fields that a controller's settings leave empty."""
         urls = {"openai": OPENAI_URL, "akash": self.akash_base_url}
         base_url = options.base_url or urls.get(options.type, "")
@@ -1538,7 +1529,7 @@ class Settings(ValidatedSettings):
             proxy = self.proxy or environment_proxy(self.environment_proxies, base_url)
             sources["proxy"] = "PROXY" if self.proxy else "the environment"
         proxy = "" if proxy == "none" else proxy
-        defaults: Dict[str, Any] = {"base_url": base_url, "proxy": proxy, "sources": sources}
+        defaults: dict[str, Any] = {"base_url": base_url, "proxy": proxy, "sources": sources}
         # Akash's token and cookie are sent to its own server only.
         if options.type == "akash" and url_origin(base_url) == url_origin(self.akash_base_url):
             if self.akash_cookie and not options.cookie:
@@ -1567,7 +1558,7 @@ def is_openai_server(url: str) -> bool:
     return not url or host == "api.openai.com" or host.endswith(".api.openai.com")
 
 
-def upstream_options(url: str, environ: Dict[str, str], problems: List[str]) -> ControllerSettings:
+def upstream_options(url: str, environ: dict[str, str], problems: list[str]) -> ControllerSettings:
     """Settings of the controller for a value of UPSTREAM.
 
     OPENAI_API_KEY is sent to OpenAI's own hosts only and, for the word "openai", to that of
@@ -1575,7 +1566,7 @@ def upstream_options(url: str, environ: Dict[str, str], problems: List[str]) -> 
     """
     openai = url == "openai"
     base_url = environ.get("OPENAI_BASE_URL", "") if openai else url
-    values: Dict[str, Any] = {}
+    values: dict[str, Any] = {}
     with collecting_errors(problems, "OPENAI_BASE_URL"):
         values["base_url"] = base_url and http_url(base_url)
     own = is_openai_server(values.get("base_url", "other"))
@@ -1587,7 +1578,7 @@ def upstream_options(url: str, environ: Dict[str, str], problems: List[str]) -> 
     return ControllerSettings(**values)
 
 
-def url_origin(url: str) -> Tuple[str, Optional[str], int]:
+def url_origin(url: str) -> tuple[str, str | None, int]:
     """Scheme, host and port of an http(s) URL."""
     parts = urllib.parse.urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
@@ -1599,7 +1590,7 @@ OTHER_FORMATS = ["yaml", "yml", "toml", "ini", "hcl", "properties"]  # read by c
 NOT_JSON = "only JSON is supported; please convert the file"
 
 
-def find_config(file: str, directory: str, problems: List[str]) -> str:
+def find_config(file: str, directory: str, problems: list[str]) -> str:
     """Path of the configuration file: ``file``, else the first one found, else ""."""
     if file:
         return file
@@ -1625,10 +1616,10 @@ class ConfigFile:
     SPECIAL_KEYS = ("port", "pool", "controllers", "keys")  # not fields of Settings as they are
     BASE_KEYS = ("config", "config_file")  # where chatgpt-apiserver has a controller's options
 
-    def __init__(self, path: str, environ: Dict[str, str], problems: List[str]) -> None:
+    def __init__(self, path: str, environ: dict[str, str], problems: list[str]) -> None:
         self.path, self.environ, self.problems = path, environ, problems
 
-    def settings(self) -> Dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Values of Settings."""
         data, known = self.read(self.path), setting_fields(Settings)
         special = {name: data.pop(name) for name in self.SPECIAL_KEYS if name in data}
@@ -1655,7 +1646,7 @@ class ConfigFile:
         keys = {name for item in as_list(controllers) for name in as_dict(item)}
         return os.path.basename(self.path) == FILE_NAMES[1] or bool(keys & set(self.BASE_KEYS))
 
-    def controllers(self, items: Any) -> Tuple[ControllerSettings, ...]:
+    def controllers(self, items: Any) -> tuple[ControllerSettings, ...]:
         if not isinstance(items, list) or not items:
             self.problem("controllers", "must be a list with at least one controller")
             return ()
@@ -1664,7 +1655,7 @@ class ConfigFile:
             self.problem("controllers", "all of them are off (weight 0)")
         return controllers
 
-    def keys(self, items: Any) -> Tuple[ClientKeySettings, ...]:
+    def keys(self, items: Any) -> tuple[ClientKeySettings, ...]:
         if not isinstance(items, list):
             self.problem("keys", "must be a list")
             return ()
@@ -1674,8 +1665,8 @@ class ConfigFile:
         return keys
 
     def build_list(
-        self, cls: Any, key_path: str, items: List[Any], values_of: Callable[..., Dict[str, Any]]
-    ) -> Tuple[Any, ...]:
+        self, cls: Any, key_path: str, items: list[Any], values_of: Callable[..., dict[str, Any]]
+    ) -> tuple[Any, ...]:
         """Build ``cls`` from ``values_of(object, key path)``; names must be unique."""
         built = []
         for at, item in enumerate(items):
@@ -1691,14 +1682,14 @@ class ConfigFile:
             self.problem(key_path, f"two have the name {name!r}")
         return tuple(built)
 
-    def key(self, data: Dict[str, Any], key_path: str) -> Dict[str, Any]:
+    def key(self, data: dict[str, Any], key_path: str) -> dict[str, Any]:
         """Values of ClientKeySettings."""
         for name in ("name", "key"):
             if name not in data:
                 self.problem(f"{key_path}.{name}", "is missing")
         return self.fields(setting_fields(ClientKeySettings), data, key_path + ".")
 
-    def controller(self, data: Dict[str, Any], key_path: str) -> Dict[str, Any]:
+    def controller(self, data: dict[str, Any], key_path: str) -> dict[str, Any]:
         """Values of ControllerSettings."""
         before, known = len(self.problems), setting_fields(ControllerSettings)
         base, base_path, file = self.base_config(data, key_path)
@@ -1721,7 +1712,7 @@ class ConfigFile:
                 values.update(api_key=header_value(key), sources={"api_key": "OPENAI_API_KEY"})
         return values
 
-    def base_config(self, data: Dict[str, Any], key_path: str) -> Tuple[Dict[str, Any], str, str]:
+    def base_config(self, data: dict[str, Any], key_path: str) -> tuple[dict[str, Any], str, str]:
         """Pop ``config`` or ``config_file`` of a controller.
 
         Returns the object ({} after a problem), its key path, and its file ("": this one).
@@ -1739,7 +1730,7 @@ class ConfigFile:
             self.problem(key_path + ".config", "must be an object")
         return as_dict(inline), key_path + ".config.", ""
 
-    def read(self, path: str, key_path: str = "") -> Dict[str, Any]:
+    def read(self, path: str, key_path: str = "") -> dict[str, Any]:
         """Read a JSON object and expand its ${NAME}s; {} after a problem."""
         try:
             with open(path, "rb") as file:
@@ -1776,8 +1767,8 @@ class ConfigFile:
         return re.sub(self.VARIABLE, lambda match: self.environ.get(match[1]) or match[0], value)
 
     def fields(
-        self, known: Dict[str, Any], data: Dict[str, Any], prefix: str, others: Iterable[str] = ()
-    ) -> Dict[str, Any]:
+        self, known: dict[str, Any], data: dict[str, Any], prefix: str, others: Iterable[str] = ()
+    ) -> dict[str, Any]:
         """Values of the known settings in an object. ``others`` are only suggested."""
         values = {}
         for name, value in data.items():
@@ -1795,7 +1786,7 @@ class ConfigFile:
 
 
 @contextlib.contextmanager
-def collecting_errors(problems: List[str], source: str) -> Iterator[None]:
+def collecting_errors(problems: list[str], source: str) -> Iterator[None]:
     """Add a ValueError to the problems instead of raising it."""
     try:
         yield
@@ -1803,7 +1794,7 @@ def collecting_errors(problems: List[str], source: str) -> Iterator[None]:
         problems.append(f"{source}: {error}")
 
 
-def setting_fields(cls: Any) -> Dict[str, Any]:
+def setting_fields(cls: Any) -> dict[str, Any]:
     """Fields of a class that are declared by setting(), by name."""
     return {item.name: item for item in dataclasses.fields(cls) if item.metadata}
 
@@ -1826,12 +1817,12 @@ def from_text(item: Any, text: str) -> Any:
     if item.type == "str":
         return text
     parts = [part.strip() for part in text.split(",")] if text else []
-    if not item.type.startswith("Dict"):
+    if not item.type.startswith("dict"):
         return tuple(parts)
     pairs = [[side.strip() for side in part.partition("=")[::2]] for part in parts]
     if not all(name and value for name, value in pairs):
         raise ValueError(f"{text!r} is not NAME=VALUE,NAME=VALUE")
-    values: Dict[str, List[str]] = defaultdict(list)
+    values: dict[str, list[str]] = defaultdict(list)
     for name, value in pairs:
         values[name].append(value)
     return {name: several if len(several) > 1 else several[0] for name, several in values.items()}
@@ -1860,17 +1851,17 @@ def from_json_value(item: Any, value: Any) -> Any:
         if type(value) is int and value >= 0:
             return value
         raise ValueError("must be a whole number, not negative")
-    if "float" in item.type:  # or Optional[float]
+    if "float" in item.type:  # or float | None
         if type(value) in (int, float) and 0 <= value < 1e15:
             return float(value)
         raise ValueError("must be a number, not negative")
-    if item.type.startswith("Tuple"):
+    if item.type.startswith("tuple"):
         parts = value.split(",") if isinstance(value, str) else value
         if isinstance(parts, list) and all(isinstance(part, str) for part in parts):
             return tuple(part.strip() for part in parts)
         raise ValueError("must be a list of strings")
     if isinstance(value, dict) and (
-        item.type == "Dict[str, Any]" or all(isinstance(part, str) for part in value.values())
+        item.type == "dict[str, Any]" or all(isinstance(part, str) for part in value.values())
     ):
         return value
     raise ValueError("must be an object with strings as values")
@@ -1907,7 +1898,7 @@ _LENGTH = re.compile(r"[0-9]{1,18}")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[\t ]*(?:;[\t -~\x80-\xff]*)?")
 
 
-def find_head_end(buffer: Union[bytes, bytearray], scan_from: int = 0) -> int:
+def find_head_end(buffer: bytes | bytearray, scan_from: int = 0) -> int:
     """Index of the blank line that ends a head; -1 if the head is incomplete.
 
     ProtocolError as soon as the buffer cannot become a valid head. Everything before ``scan_from``
@@ -1932,7 +1923,7 @@ MAX_CACHED_HEAD = 2048
 LONG_PATH = 8192  # longer paths match no route, so percent-decoding them would be wasted time
 
 
-def parse_head(head: bytes, parse_line: Any) -> Tuple[Any, Dict[str, str]]:
+def parse_head(head: bytes, parse_line: Any) -> tuple[Any, dict[str, str]]:
     """Parse a head into its start line, by ``parse_line``, and its headers.
 
     Values of a repeated header are joined by ", ", those of set-cookie by a line feed.
@@ -1956,7 +1947,7 @@ def parse_head(head: bytes, parse_line: Any) -> Tuple[Any, Dict[str, str]]:
 
 
 @cached
-def parse_field(line: str) -> Tuple[str, str]:
+def parse_field(line: str) -> tuple[str, str]:
     """Parse a header line into its lower-case name and its value."""
     match = _FIELD.fullmatch(line)
     if not match:
@@ -1965,7 +1956,7 @@ def parse_field(line: str) -> Tuple[str, str]:
 
 
 @cached
-def parse_request_line(line: str) -> Tuple[str, str, str, str]:
+def parse_request_line(line: str) -> tuple[str, str, str, str]:
     """Parse a request line into method, decoded path, query and minor version."""
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
@@ -1984,7 +1975,7 @@ def parse_request_line(line: str) -> Tuple[str, str, str, str]:
 
 
 @cached
-def parse_status_line(line: str) -> Tuple[str, int]:
+def parse_status_line(line: str) -> tuple[str, int]:
     """Parse a status line into its minor version and its status (RFC 9112, 4)."""
     match = _STATUS_LINE.fullmatch(line)
     if not match:
@@ -1992,7 +1983,7 @@ def parse_status_line(line: str) -> Tuple[str, int]:
     return match[1], int(match[2])
 
 
-class ChunkSizes(Dict[bytes, int]):
+class ChunkSizes(dict[bytes, int]):
     """Cache of chunk sizes by chunk-size line; -1 if that is malformed."""
 
     def __missing__(self, line: bytes) -> int:
@@ -2006,7 +1997,7 @@ class ChunkSizes(Dict[bytes, int]):
 CHUNK_SIZES = ChunkSizes()
 
 
-def split_plain_chunks(data: bytes) -> Tuple[List[bytes], List[bytes]]:
+def split_plain_chunks(data: bytes) -> tuple[list[bytes], list[bytes]]:
     """Split chunked data at its line breaks, all at once.
 
     Returns the payloads of complete chunks and the lines that follow; no payloads if a chunk
@@ -2045,7 +2036,7 @@ class BodyDecoder:
     chunked = until_close = False
     trailers = 0
 
-    def __init__(self, fields: Dict[str, str], until_close: bool = False) -> None:
+    def __init__(self, fields: dict[str, str], until_close: bool = False) -> None:
         self.remaining = 0  # payload bytes still expected, of the body or of the current chunk
         self.buffer = b""  # an incomplete framing line
         self.state = "size"  # the framing line expected next: "size", "end" of a chunk, "trailer"
@@ -2217,8 +2208,8 @@ class UpstreamRequest(urllib.request.Request):
         self,
         method: str,
         url: str,
-        fields: Dict[str, str],
-        body: Union[bytes, bytearray, None],
+        fields: dict[str, str],
+        body: bytes | bytearray | None,
         scope: CancelScope,
         timeouts: Timeouts,
         retry_reason: str,
@@ -2228,7 +2219,7 @@ class UpstreamRequest(urllib.request.Request):
         self.fields, self.body, self.scope = fields, body, scope
         self.timeouts, self.retry_reason = timeouts, retry_reason
 
-    def parts(self) -> List[Union[bytes, bytearray]]:
+    def parts(self) -> list[bytes | bytearray]:
         """Serialize head and body, together unless that would take much memory."""
         head = request_head(f"{self.method} {self.selector} HTTP/1.1", *self.fields.items())
         if self.body is None:
@@ -2238,7 +2229,7 @@ class UpstreamRequest(urllib.request.Request):
 
 
 @functools.lru_cache(maxsize=64)
-def request_head(line: str, *fields: Tuple[str, str]) -> bytes:
+def request_head(line: str, *fields: tuple[str, str]) -> bytes:
     """Serialize a head without Content-Length; ProtocolError for a line break in it."""
     lines = [line, *[f"{name}: {value}" for name, value in fields]]
     if re.search("[\r\n\0]", "".join(lines)):
@@ -2258,11 +2249,11 @@ class ConnectionPool(urllib.request.BaseHandler):
         self.address, self.is_tls = address_of(base), base.lower().startswith("https:")
         self.proxy, self.ca_file = proxy, ca_file
         self.forwarded = proxy.startswith("http:") and not self.is_tls  # by the proxy, as requests
-        self.idle: List[Tuple[float, Any]] = []  # (expires_at, socket), the last used one last
+        self.idle: list[tuple[float, Any]] = []  # (expires_at, socket), the last used one last
         self.closed = False
         self.lock = threading.Lock()
 
-    def http_open(self, request: UpstreamRequest) -> "UpstreamResponse":
+    def http_open(self, request: UpstreamRequest) -> UpstreamResponse:
         """Send a request on an idle or a new connection, and leave its socket blocking."""
         sock = None if request.retry_reason else self._acquire()
         reused, scope, timeouts = sock is not None, request.scope, request.timeouts
@@ -2345,13 +2336,13 @@ class ConnectionPool(urllib.request.BaseHandler):
         return sock
 
 
-def address_of(url: str) -> Tuple[str, int]:
+def address_of(url: str) -> tuple[str, int]:
     """Return host and port of an upstream or a proxy."""
     parts = urllib.parse.urlsplit(url)
     return str(parts.hostname), parts.port or {"http": 80, "https": 443}.get(parts.scheme, 1080)
 
 
-def connect_within(scope: CancelScope, address: Tuple[str, int], seconds: float) -> socket.socket:
+def connect_within(scope: CancelScope, address: tuple[str, int], seconds: float) -> socket.socket:
     """Connect to an address, and limit the handshakes that follow to the time left.
 
     The caller closes the socket that the scope holds, if this or a handshake fails.
@@ -2399,7 +2390,7 @@ def ask_http_proxy(sock: socket.socket, replies: Any, url: str, host: str, port:
     return "" if is_complete else "does not answer as an HTTP proxy does"
 
 
-def proxy_authorization(url: str) -> Dict[str, str]:
+def proxy_authorization(url: str) -> dict[str, str]:
     """Return the header with the credentials in a proxy's URL, if there are any."""
     if urllib.parse.urlsplit(url).username is None:
         return {}
@@ -2468,7 +2459,7 @@ def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
     return ""
 
 
-def is_persistent(http_minor: str, headers: Dict[str, str]) -> bool:
+def is_persistent(http_minor: str, headers: dict[str, str]) -> bool:
     """Return whether a connection outlasts a message of HTTP/1.x (RFC 9112, 9.3)."""
     if "connection" not in headers:
         return http_minor == "1"
@@ -2476,7 +2467,7 @@ def is_persistent(http_minor: str, headers: Dict[str, str]) -> bool:
     return "close" not in options if http_minor == "1" else "keep-alive" in options
 
 
-def keepalive_seconds(headers: Dict[str, str]) -> float:
+def keepalive_seconds(headers: dict[str, str]) -> float:
     """Seconds for which an idle connection may be reused."""
     keep_alive = headers.get("keep-alive")
     match = re.search(r"timeout=([0-9]{1,4})", keep_alive) if keep_alive else None
@@ -2494,7 +2485,7 @@ except ImportError:  # a Python without ssl
     RaggedEnd = WantRead = BlockingIOError  # type: ignore[misc,assignment]
 
 
-def peek(sock: Any) -> Optional[bytes]:
+def peek(sock: Any) -> bytes | None:
     """Peek at the next byte: b"" if the peer has closed, None if nothing has arrived."""
     try:
         if not DONTWAIT and not select.select([sock], [], [], 0)[0]:  # Windows
@@ -2515,7 +2506,7 @@ def peer_has_closed(sock: socket.socket) -> bool:
     return peeked == b""
 
 
-TLS_CONTEXTS: Dict[str, Any] = {}  # by CA_FILE, as it was last read
+TLS_CONTEXTS: dict[str, Any] = {}  # by CA_FILE, as it was last read
 
 
 def read_tls_context(ca_file: str) -> Any:
@@ -2542,9 +2533,9 @@ class UpstreamResponse:
     has_begun = False  # a byte has arrived
     status = 0
     keep_alive = False
-    headers: Dict[str, str] = {}
+    headers: dict[str, str] = {}
     body = NO_BODY
-    content: Optional[ContentDecoder] = None  # of a compressed body
+    content: ContentDecoder | None = None  # of a compressed body
     opening = b""  # the payload received first, or together with the head
     interim = 0  # number of 1xx responses so far
 
@@ -2732,7 +2723,7 @@ class Transport:
         settings: Settings,
         base: str,
         upstream_name: str,
-        headers: Dict[str, str],
+        headers: dict[str, str],
     ) -> None:
         self.upstream_name = upstream_name
         first = options.first_byte_timeout or settings.first_byte_timeout
@@ -2757,8 +2748,8 @@ class Transport:
         method: str,
         path: str,
         scope: CancelScope,
-        data: Union[bytes, bytearray, None] = None,
-        headers: Optional[Dict[str, str]] = None,
+        data: bytes | bytearray | None = None,
+        headers: dict[str, str] | None = None,
         short: bool = False,
         retry_reason: str = "",
     ) -> UpstreamResponse:
@@ -2791,8 +2782,8 @@ class Transport:
         return retrying(send)
 
     def get_json(
-        self, path: str, scope: Optional[CancelScope] = None, **options: Any
-    ) -> Tuple[UpstreamResponse, Any]:
+        self, path: str, scope: CancelScope | None = None, **options: Any
+    ) -> tuple[UpstreamResponse, Any]:
         """GET a short answer within SESSION_TIMEOUT, and its body: None if it is not JSON."""
         response = self.fetch("GET", path, scope or CancelScope(), short=True, **options)
         return response, json_or_none(response.read(limit=MAX_SHORT_BODY))
@@ -2929,19 +2920,19 @@ class Step(Generic[Input]):
     and flush() those that are still to be sent before an error that interrupts it.
     """
 
-    error: Optional[APIError] = None  # ends the answer, to be raised after the events returned
+    error: APIError | None = None  # ends the answer, to be raised after the events returned
     started = False  # content has arrived, even without events
     complete = False  # the answer is complete; a Finish event says so as well
     stopped = False  # a filter has ended the answer, so the upstream should stop
     has_fast_path = False  # fast_path() may succeed
 
-    def feed(self, data: Input) -> List[Event]:
+    def feed(self, data: Input) -> list[Event]:
         raise NotImplementedError
 
-    def close(self) -> List[Event]:
+    def close(self) -> list[Event]:
         return []
 
-    def flush(self) -> List[Event]:
+    def flush(self) -> list[Event]:
         return []
 
     def fast_path(self, data: bytes) -> bytes:
@@ -2954,7 +2945,7 @@ class Step(Generic[Input]):
 
 
 Decoder = Step[bytes]
-Filter = Step[List[Event]]
+Filter = Step[list[Event]]
 
 
 class DecoderChain(Decoder):
@@ -2964,7 +2955,7 @@ class DecoderChain(Decoder):
         self.decoder, self.filters = decoder, filters
         self.has_fast_path = decoder.has_fast_path
 
-    def feed(self, data: bytes) -> List[Event]:
+    def feed(self, data: bytes) -> list[Event]:
         events = self.decoder.feed(data)
         for step in self.filters:
             events = step.feed(events)
@@ -2981,15 +2972,15 @@ class DecoderChain(Decoder):
                     return b""
         return encoded
 
-    def close(self) -> List[Event]:
+    def close(self) -> list[Event]:
         events = self._through_filters(self.decoder.close())
         self.error = self.decoder.error
         return events
 
-    def flush(self) -> List[Event]:
+    def flush(self) -> list[Event]:
         return self._through_filters(self.decoder.flush())
 
-    def _through_filters(self, events: List[Event]) -> List[Event]:
+    def _through_filters(self, events: list[Event]) -> list[Event]:
         """Return the last events after what the filters were holding back."""
         for step in self.filters:
             events = step.feed(events) + step.close()
@@ -3007,27 +2998,27 @@ class BufferedBody(Decoder):
 
     def __init__(
         self,
-        parse: Callable[[bytes], List[Event]],
+        parse: Callable[[bytes], list[Event]],
         limit: int = MAX_BUFFERED_BODY,
         is_error_body: bool = False,
     ) -> None:
         self.parse, self.limit, self.is_error_body = parse, limit, is_error_body
         self.data = bytearray()  # a list of small parts would take many times their size
 
-    def feed(self, data: bytes) -> List[Event]:
+    def feed(self, data: bytes) -> list[Event]:
         self.data += data
         if len(self.data) > self.limit:
             self.error = truncated("The upstream", TOO_LARGE)
         return []
 
-    def close(self) -> List[Event]:
+    def close(self) -> list[Event]:
         try:
             return self.parse(bytes(self.data))
         except APIError as error:
             self.error = error
             return []
 
-    def flush(self) -> List[Event]:
+    def flush(self) -> list[Event]:
         if self.is_error_body and not self.error:
             self.close()
         return []
@@ -3059,12 +3050,12 @@ class EventLines:
 
     def __init__(self) -> None:
         self.buffer = bytearray()  # an incomplete line
-        self.data: List[bytes] = []  # data lines of an incomplete event
+        self.data: list[bytes] = []  # data lines of an incomplete event
         self.type = b""  # of this event
         self.size = 0  # bytes of memory that the data lines use
         self.bom_checked = self.after_cr = False
 
-    def feed(self, data: bytes) -> Iterator[Tuple[bytes, bytes]]:
+    def feed(self, data: bytes) -> Iterator[tuple[bytes, bytes]]:
         """Yield (type, data) of each event that has data."""
         if self.after_cr or data.find(b"\r") >= 0:
             data = self._without_cr(data)
@@ -3093,7 +3084,7 @@ class EventLines:
             elif line.startswith(b"error:"):
                 yield b"error", line[6:]  # llama.cpp's before 2026
 
-    def close(self) -> Iterator[Tuple[bytes, bytes]]:
+    def close(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield the last event, whose blank line may be missing."""
         yield from self.feed(b"\n\n")
 
@@ -3101,7 +3092,7 @@ class EventLines:
         first = self.data[0]
         return len(self.data) == 1 and first.startswith(b"{") and first.rstrip().endswith(b"}")
 
-    def _take(self) -> Tuple[bytes, bytes]:
+    def _take(self) -> tuple[bytes, bytes]:
         event = self.type, b"\n".join(self.data)
         self.data, self.size, self.type = [], 0, b""
         return event
@@ -3134,7 +3125,7 @@ class EventStream:
     started = False  # the first content has arrived: now the idle timeout applies
     complete = False  # the answer is complete
     at_eof = False  # nothing more is to be read from the socket
-    error: Optional[Exception] = None  # ends the answer, to be raised after the events returned
+    error: Exception | None = None  # ends the answer, to be raised after the events returned
     byte_budget = math.inf  # payload bytes still allowed
 
     def __init__(
@@ -3142,9 +3133,9 @@ class EventStream:
     ) -> None:
         self.response, self.make_decoder = response, make_decoder
 
-    def receive(self, data: bytes) -> List[Event]:
+    def receive(self, data: bytes) -> list[Event]:
         """Return the events within bytes read from the socket; b"" is its end."""
-        events: List[Event] = []
+        events: list[Event] = []
         response = self.response
         try:
             payload = response.receive(data)
@@ -3195,7 +3186,7 @@ class EventStream:
         name = self.response.timeouts.upstream_name
         self.response.timeouts = Timeouts(name, self.DRAIN_TIMEOUT, self.DRAIN_TIMEOUT)
 
-    def on_network_error(self, error: Exception) -> List[Event]:
+    def on_network_error(self, error: Exception) -> list[Event]:
         """End an incomplete answer with an error; return the events held back."""
         self.at_eof = True
         if self.complete:
@@ -3207,7 +3198,7 @@ class EventStream:
         if not self.decoder:
             return []
         try:
-            events: List[Event] = self.decoder.flush()
+            events: list[Event] = self.decoder.flush()
             self.error = self.decoder.error or self.error  # of an error's body
             return events
         except Exception as bug:  # the decoder may be what failed in the first place
@@ -3245,7 +3236,7 @@ COUNT_NAMES = {
 }
 
 
-def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
+def chat_usage(value: Any) -> dict[str, Any] | None:
     """Return a usage under the names of chat completions; None without both counts."""
     fields = as_dict(value)
     counts = token_counts(fields)
@@ -3259,7 +3250,7 @@ def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
     reasoning = counts.get("reasoning_tokens")
     if reasoning and total == prompt + completion + reasoning:
         completion += reasoning  # xAI and others count reasoning apart
-    usage: Dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": completion}
+    usage: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": completion}
     usage["total_tokens"] = total
     for name in ("cached_tokens", "cache_write_tokens", "reasoning_tokens"):
         kind = "completion" if name == "reasoning_tokens" else "prompt"
@@ -3269,13 +3260,13 @@ def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
     return {**usage, "estimated": True} if is_estimated(fields) else usage
 
 
-def token_counts(fields: Dict[str, Any]) -> Dict[str, int]:
+def token_counts(fields: dict[str, Any]) -> dict[str, int]:
     """Return the counts of a usage, by their names in chat completions.
 
     Of several names or places of a count, the first above 0 rules; but the name in chat completions
     before any other, and the usage itself before its details.
     """
-    counts: Dict[str, int] = {}
+    counts: dict[str, int] = {}
     details = [fields[name] for name in fields if name.endswith("_tokens_details")]
     for source in map(as_dict, [*details, fields]):
         for alias in filter(COUNT_NAMES.__contains__, source):
@@ -3300,13 +3291,13 @@ class SurrogateFilter(Filter):
     SURROGATE = re.compile("[\ud800-\udfff]")
 
     def __init__(self) -> None:
-        self.pending: Dict[Any, BlockEvent] = {}  # first halves, by type and index of the event
+        self.pending: dict[Any, BlockEvent] = {}  # first halves, by type and index of the event
 
-    def feed(self, events: List[Event]) -> List[Event]:
+    def feed(self, events: list[Event]) -> list[Event]:
         texts = (text for text in map(text_of, events) if not text.isascii())
         if not self.pending and not any(map(self.SURROGATE.search, texts)):
             return events
-        out: List[Event] = []
+        out: list[Event] = []
         for event in events:
             if isinstance(event, (Text, Reasoning, ToolCall)):
                 out += self._join(event)
@@ -3317,11 +3308,11 @@ class SurrogateFilter(Filter):
     def is_passthrough(self, text: str) -> bool:
         return not self.pending and text.isascii()
 
-    def close(self) -> List[Event]:
+    def close(self) -> list[Event]:
         pending, self.pending = self.pending, {}
         return [with_text(event, "\ufffd") for event in pending.values()]
 
-    def _join(self, event: BlockEvent) -> List[Event]:
+    def _join(self, event: BlockEvent) -> list[Event]:
         key = type(event), getattr(event, "index", 0)
         before = self.pending.pop(key, None)
         text = (text_of(before) if before else "") + text_of(event)
@@ -3344,8 +3335,8 @@ class TextFilter(Filter):
     pending = ""  # text held back
     read: Callable[[Text], None]
 
-    def feed(self, events: List[Event]) -> List[Event]:
-        self.out: List[Event] = []
+    def feed(self, events: list[Event]) -> list[Event]:
+        self.out: list[Event] = []
         for event in events:
             if self.stopped:
                 break
@@ -3359,7 +3350,7 @@ class TextFilter(Filter):
                 self.pass_on(event)
         return self.out
 
-    def close(self) -> List[Event]:
+    def close(self) -> list[Event]:
         self.out = []
         self.release()
         return self.out
@@ -3397,7 +3388,7 @@ class ThinkTagFilter(TextFilter):
         self.after_tag = False  # newlines are removed
         self.in_reasoning = self.started = self.closed = False  # by a tag, or by other text
 
-    def feed(self, events: List[Event]) -> List[Event]:
+    def feed(self, events: list[Event]) -> list[Event]:
         if len(events) == 1 and type(events[0]) is Text and self.is_passthrough(events[0].text):
             return events
         return super().feed(events)
@@ -3490,7 +3481,7 @@ class StopFilter(TextFilter):
     token_units(), which never counts too many, so an answer is not cut short.
     """
 
-    def __init__(self, stops: List[str], max_tokens: Optional[int]) -> None:
+    def __init__(self, stops: list[str], max_tokens: int | None) -> None:
         self.stops = stops
         self.budget = math.inf if max_tokens is None else UNITS_PER_TOKEN * max_tokens
         self.needed = bool(stops) or max_tokens is not None
@@ -3599,7 +3590,7 @@ class ToolForm(NamedTuple):
     calls: str = "%s"  # around the calls of a message
     result: str = "<tool_response>\n%s\n</tool_response>"
 
-    def write(self, *calls: Tuple[Any, Any]) -> str:
+    def write(self, *calls: tuple[Any, Any]) -> str:
         """Return the text of calls, which are (name, arguments as an object or its JSON)."""
         texts = []
         for number, (name, arguments) in enumerate(calls):
@@ -3712,7 +3703,7 @@ class PromptedTools:
             raise bad_request(message, "tool_choice")
         return bool(choice == "required")
 
-    def body(self) -> Dict[str, Any]:
+    def body(self) -> dict[str, Any]:
         """Return the chat without fields and roles for tools."""
         body = self.call.body
         messages = list(map(self._message, body["messages"]))
@@ -3725,7 +3716,7 @@ class PromptedTools:
         others = {name: body[name] for name in body if name not in TOOL_FIELDS}
         return {**others, "messages": messages}
 
-    def _message(self, message: Dict[str, Any]) -> Dict[str, Any]:
+    def _message(self, message: dict[str, Any]) -> dict[str, Any]:
         """Return a message with its calls as text; a result becomes a message of the user."""
         if message["role"] == "tool":
             parts = as_list(message.get("content"))
@@ -3747,12 +3738,12 @@ class PromptedTools:
         return text + ONE_CALL * self.single + MUST_CALL * self.required
 
 
-def function_of(tool: Any) -> Dict[str, Any]:
+def function_of(tool: Any) -> dict[str, Any]:
     """Return the function in a tool or a call; {} if there is none."""
     return as_dict(as_dict(tool).get("function"))
 
 
-def add_paragraph(message: Dict[str, Any], text: str) -> Dict[str, Any]:
+def add_paragraph(message: dict[str, Any], text: str) -> dict[str, Any]:
     """Return a message with a paragraph after its text, which is its content now."""
     return {**message, "content": f"{message_text(message)}\n\n{text}".lstrip()}
 
@@ -3776,14 +3767,14 @@ class ToolCallFilter(TextFilter):
         self.pattern, self.json, self.pending = TEXT_TOKEN, LooseJSON(""), ""
         self.reader = self._read_answer()
         next(self.reader)
-        self.tokens: List[str] = []  # since an opening mark
-        self.calls: List[Tuple[str, str]] = []  # complete ones among them: name and arguments
+        self.tokens: list[str] = []  # since an opening mark
+        self.calls: list[tuple[str, str]] = []  # complete ones among them: name and arguments
         self.size = 0  # of them and of those sent in parts, in characters
         self.count = 0  # of calls sent
         self.is_sent = False  # the beginning of the call that is read
         self.passed_on = False  # something of the answer
 
-    def feed(self, events: List[Event]) -> List[Event]:
+    def feed(self, events: list[Event]) -> list[Event]:
         out = super().feed(events)
         if self.tools.single:
             out = [event for event in out if not (isinstance(event, ToolCall) and event.index)]
@@ -3887,7 +3878,7 @@ class ToolCallFilter(TextFilter):
     def _read_marked(self) -> Generator[None, str, str]:
         """Read the calls between two marks; returns the second one. Raises ValueError."""
         functions, found, name = self.tools.functions, False, ""
-        arguments: Dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
         while True:
             token = yield
             if token in ("{", "[") and not arguments:
@@ -3911,7 +3902,7 @@ class ToolCallFilter(TextFilter):
             self.calls.append((name, _encode(arguments)))
         return token
 
-    def _read_json(self, token: str, name: str) -> Generator[None, str, List[Tuple[str, str]]]:
+    def _read_json(self, token: str, name: str) -> Generator[None, str, list[tuple[str, str]]]:
         """Read an object or array; returns the calls in it that are still to be sent."""
         json = self.json = LooseJSON(name)
         json.feed(token)
@@ -3969,8 +3960,8 @@ class LooseJSON:
 
     def __init__(self, name: str) -> None:
         self.name, self.arguments_depth = name, 1 if name else 0  # 0: unknown, or complete
-        self.tokens: List[str] = []
-        self.part: List[str] = []
+        self.tokens: list[str] = []
+        self.part: list[str] = []
         self.depth = 0
         self.quote = self.comma = ""  # the open string's quote; a comma that may be trailing
 
@@ -3999,7 +3990,7 @@ class LooseJSON:
         return comma * (token not in "}]") + self.WORDS.get(token, token) * (token != ",")
 
 
-def calls_of(value: Any, functions: Iterable[str]) -> List[Tuple[str, str]]:
+def calls_of(value: Any, functions: Iterable[str]) -> list[tuple[str, str]]:
     """Return the calls in an object or array as (name, arguments). Raises ValueError."""
     calls = []
     for item in map(as_dict, value if value and isinstance(value, list) else [value]):
@@ -4017,7 +4008,7 @@ def calls_of(value: Any, functions: Iterable[str]) -> List[Tuple[str, str]]:
     return calls
 
 
-def read_argument(text: str, function: Dict[str, Any]) -> Tuple[str, Any]:
+def read_argument(text: str, function: dict[str, Any]) -> tuple[str, Any]:
     """Return the name and value of an argument between marks. Raises ValueError.
 
     The value has no quotes: it is JSON unless the function's schema wants a string.
@@ -4034,7 +4025,7 @@ def read_argument(text: str, function: Dict[str, Any]) -> Tuple[str, Any]:
     return name, text if value is None and word != "null" else value
 
 
-def may_be_string(schema: Dict[str, Any]) -> bool:
+def may_be_string(schema: dict[str, Any]) -> bool:
     """Whether a JSON schema allows strings by its type, or by one of several."""
     types = schema.get("type")
     others = map(as_dict, as_list(schema.get("anyOf")))
@@ -4084,7 +4075,7 @@ class Controller:
         """Answer a call: an iterable of events or an EventStream. APIError if it fails."""
         raise NotImplementedError
 
-    def check_support(self, call: Call) -> Optional[APIError]:
+    def check_support(self, call: Call) -> APIError | None:
         """Return an error if the upstream can never serve such a call, else None."""
         return None
 
@@ -4092,7 +4083,7 @@ class Controller:
         """Return the upstream's name of a model."""
         return self.options.model_map.get(model, model)
 
-    def models(self) -> List[Dict[str, Any]]:
+    def models(self) -> list[dict[str, Any]]:
         """Return the offered models as OpenAI model objects."""
         return self.model_cache.get() if self.model_cache else []
 
@@ -4100,15 +4091,15 @@ class Controller:
         """Fetch an image that an answer links to."""
         raise APIError(404, f"{self.name} has no images.")
 
-    def metrics(self) -> Dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return the controller's own metrics by their names in METRICS."""
         return {}
 
-    def status(self) -> Dict[str, Any]:
+    def status(self) -> dict[str, Any]:
         """Return the controller's own fields in /status."""
         return {}
 
-    def limit_is_over(self) -> Optional[bool]:
+    def limit_is_over(self) -> bool | None:
         """Ask whether the rate limit of this account has ended; None if unknown."""
         return None
 
@@ -4131,15 +4122,15 @@ class Controller:
 
 
 def adapt_body(
-    body: Dict[str, Any], options: ControllerSettings, is_chat: bool
-) -> Tuple[Dict[str, Any], List[str]]:
+    body: dict[str, Any], options: ControllerSettings, is_chat: bool
+) -> tuple[dict[str, Any], list[str]]:
     """Apply ``drop``, ``rename`` and, to chats, ``set``; return dropped names, too.
 
     Without a change it is the same object. ``drop`` reaches into messages and their tool calls.
     """
     if not (options.drop or options.rename or options.set):
         return body, []
-    dropped: List[str] = []
+    dropped: list[str] = []
     remaining = _without_fields(body, options.drop, dropped)
     adapted = {options.rename.get(name, name): value for name, value in remaining.items()}
     if is_chat:
@@ -4149,9 +4140,9 @@ def adapt_body(
 
 def _without_fields(
     value: Any,
-    names: Tuple[str, ...],
-    dropped: List[str],
-    within: Tuple[str, ...] = ("messages", "tool_calls"),
+    names: tuple[str, ...],
+    dropped: list[str],
+    within: tuple[str, ...] = ("messages", "tool_calls"),
 ) -> Any:
     """A body, or an object in its lists ``within``, without some fields."""
     if not isinstance(value, dict):
@@ -4166,7 +4157,7 @@ def _without_fields(
     return remaining
 
 
-def place_system_messages(messages: List[Dict[str, Any]], mode: str) -> List[Dict[str, Any]]:
+def place_system_messages(messages: list[dict[str, Any]], mode: str) -> list[dict[str, Any]]:
     """Leave one system message, at the beginning: many models accept no other one.
 
     Later ones are merged into it ("first") or into the user's text ("user"); the latter leaves
@@ -4184,7 +4175,7 @@ def place_system_messages(messages: List[Dict[str, Any]], mode: str) -> List[Dic
     return [*_join_messages("system", leading), *later]
 
 
-def join_user_messages(messages: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
+def join_user_messages(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Join consecutive messages of the user: many models need roles to alternate."""
     groups = itertools.groupby(messages, key=lambda message: message["role"])
     return [
@@ -4194,11 +4185,11 @@ def join_user_messages(messages: Iterable[Dict[str, Any]]) -> List[Dict[str, Any
     ]
 
 
-def _is_system(message: Dict[str, Any]) -> bool:
+def _is_system(message: dict[str, Any]) -> bool:
     return message["role"] == "system" and "tool_calls" not in message
 
 
-def _reminder(message: Dict[str, Any]) -> Dict[str, Any]:
+def _reminder(message: dict[str, Any]) -> dict[str, Any]:
     """A system message as one of the user."""
     content = message.get("content") or ""
     if isinstance(content, str):
@@ -4206,7 +4197,7 @@ def _reminder(message: Dict[str, Any]) -> Dict[str, Any]:
     return {"role": "user", "content": content}
 
 
-def _join_messages(role: str, messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+def _join_messages(role: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Join messages to one, if there are any."""
     contents = [message.get("content") or "" for message in messages]
     if len(contents) < 2:
@@ -4228,7 +4219,7 @@ class ToolAdapter:
         self.controller, self.name = controller, controller.name
         self.options, self.settings = controller.options, controller.settings
 
-    def check_support(self, call: Call) -> Optional[APIError]:
+    def check_support(self, call: Call) -> APIError | None:
         if self.options.tools == "refuse" and call.body.get("tools"):
             message = f"{self.name} does not support 'tools'."
             return bad_request(message, "tools", "unsupported_parameter")
@@ -4243,7 +4234,7 @@ class ToolAdapter:
         call.prepared_requests[self.name] = tools
         return self._translate(tools)
 
-    def _translate(self, tools: PromptedTools) -> Optional[APIError]:
+    def _translate(self, tools: PromptedTools) -> APIError | None:
         """Put tools into the text of their call; an error if it is not supported."""
         body = tools.body()
         body["messages"] = join_user_messages(body["messages"])
@@ -4305,17 +4296,17 @@ class Cache(Generic[T]):
     RETRY = 15.0  # seconds between two attempts to replace a value
 
     name: str
-    fetch: Callable[[], Tuple[T, float]]
+    fetch: Callable[[], tuple[T, float]]
     clock: Callable[[], float] = time.monotonic
     expires: bool = False
     retry: float = RETRY
-    value: Optional[T] = None
-    failure: Optional[APIError] = None  # of the last fetch
+    value: T | None = None
+    failure: APIError | None = None  # of the last fetch
     lock: threading.Lock = field(default_factory=threading.Lock)  # held during a fetch
     refresh_at = expires_at = failed_at = -math.inf  # the last one by time.monotonic()
     fetch_count = 0
 
-    def get(self, scope: Optional[CancelScope] = None) -> T:
+    def get(self, scope: CancelScope | None = None) -> T:
         """Return the value. May block; raises the fetch's APIError, or the scope's reason."""
         arrived_at, now, value = time.monotonic(), self.clock(), self.value
         if value is None or now >= self.expires_at:
@@ -4334,7 +4325,7 @@ class Cache(Generic[T]):
         if self.value == value:
             self.value = None
 
-    def _wait(self, old: Optional[T], arrived_at: float, scope: CancelScope) -> T:
+    def _wait(self, old: T | None, arrived_at: float, scope: CancelScope) -> T:
         """Fetch a value, or wait for another caller to replace ``old`` or to fail."""
         while not self.lock.acquire(timeout=0.25):  # a cancelled caller must not wait for others
             scope.raise_if_cancelled()
@@ -4383,7 +4374,7 @@ CONTEXT_NAMES = re.compile(
 )
 
 
-def context_length(entry: Any, prefix: str = "", depth: int = 4) -> Optional[int]:
+def context_length(entry: Any, prefix: str = "", depth: int = 4) -> int | None:
     """A model's context length in tokens, by its entry in a model list; or None.
 
     Outer fields take precedence over nested ones, "context" over other names, and the length with
@@ -4393,7 +4384,7 @@ def context_length(entry: Any, prefix: str = "", depth: int = 4) -> Optional[int
     fields = list(itertools.islice(items, 64))
     names = {name: re.sub("[_-]", "", str(name)[:64]).lower() for name, _ in fields}
 
-    def rank(item: Tuple[Any, Any]) -> Tuple[bool, ...]:
+    def rank(item: tuple[Any, Any]) -> tuple[bool, ...]:
         return tuple(word not in names[item[0]] for word in ("context", "loaded"))
 
     for name, value in sorted(fields, key=rank):
@@ -4412,7 +4403,7 @@ def token_count(value: Any) -> int:
     return count_or_none(value) or 0
 
 
-def with_context_length(model: Dict[str, Any], entry: Dict[str, Any]) -> Dict[str, Any]:
+def with_context_length(model: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
     """A model object with the context length in an entry of an upstream's list."""
     length = context_length(entry)
     others = {name: value for name, value in model.items() if name not in CONTEXT_FIELDS}
@@ -4423,10 +4414,10 @@ MAX_MODELS = 10_000
 
 
 def bounded_model_list(
-    upstream_name: str, entries: Iterable[Tuple[Any, Dict[str, Any]]]
-) -> Dict[str, Dict[str, Any]]:
+    upstream_name: str, entries: Iterable[tuple[Any, dict[str, Any]]]
+) -> dict[str, dict[str, Any]]:
     """Return a model list's entries by valid name, at most MAX_MODELS of them."""
-    models: Dict[str, Dict[str, Any]] = {}
+    models: dict[str, dict[str, Any]] = {}
     for name, entry in entries:
         if isinstance(name, str) and 0 < len(name) <= MAX_NAME:
             models.setdefault(name, entry)
@@ -4450,7 +4441,7 @@ class ErrorRule(NamedTuple):
     is anchored: otherwise a model named "invalid key" could mark this server's key as invalid.
     """
 
-    statuses: Tuple[int, ...]
+    statuses: tuple[int, ...]
     codes: str
     words: str
     category: Category
@@ -4591,7 +4582,7 @@ def error_from_body(
     status: int,
     body: Any,
     secrets: Iterable[str] = (),
-    headers: Optional[Dict[str, str]] = None,
+    headers: dict[str, str] | None = None,
     models: Iterable[str] = (),
 ) -> APIError:
     """Translate an upstream's error response, by UPSTREAM_ERRORS.
@@ -4628,7 +4619,7 @@ def error_from_body(
 
 
 def _shown_error(
-    upstream_name: str, rule: ErrorRule, status: int, message: str, names: Dict[str, str]
+    upstream_name: str, rule: ErrorRule, status: int, message: str, names: dict[str, str]
 ) -> APIError:
     """Only errors that are not the client's own begin with the upstream's name."""
     category, is_page = rule.category, names.get("type") == "web_page"
@@ -4694,7 +4685,7 @@ def page_or_text(data: bytes) -> Any:
     return {"type": "web_page", "message": f"It answered with {page}."}
 
 
-def error_fields(body: Any, depth: int = 6) -> Dict[str, Any]:
+def error_fields(body: Any, depth: int = 6) -> dict[str, Any]:
     """Find the error object within an error body of any common shape.
 
     {"error": {...}}, {"error": "..."}, {"errors": [...]}, {"detail": ...},
@@ -4708,7 +4699,7 @@ def error_fields(body: Any, depth: int = 6) -> Dict[str, Any]:
         parsed = json_or_none(body.encode("utf-8", "replace")) if looks_like_json else None
         is_object = isinstance(parsed, (dict, list))
         return error_fields(parsed, depth - 1) if is_object else {"message": body}
-    fields: Dict[str, Any] = as_dict(body)
+    fields: dict[str, Any] = as_dict(body)
     names = ("error", "errors", "base_resp")  # the last one is MiniMax's
     choice = as_dict(next(iter(as_list(fields.get("choices"))), None))  # OpenRouter's
     given = (*map(fields.get, names), choice.get("error"))
@@ -4741,7 +4732,7 @@ def error_words(value: Any, depth: int = 4) -> str:
     return f"{location}: {words}" if location else words
 
 
-def error_codes(fields: Dict[str, Any]) -> str:
+def error_codes(fields: dict[str, Any]) -> str:
     """All codes, types and reasons of an error object, lower-case, in one string."""
     metadata = as_dict(fields.get("metadata"))
     names = [fields.get(name) for name in ("code", "type", "status", "reason")]
@@ -4750,7 +4741,7 @@ def error_codes(fields: Dict[str, Any]) -> str:
     return " ".join(str(name)[:200] for name in names if isinstance(name, (str, int))).lower()
 
 
-def error_status(status: int, fields: Dict[str, Any], words: str) -> int:
+def error_status(status: int, fields: dict[str, Any], words: str) -> int:
     """Actual status of an error that came with status 200, or as 5xx from LiteLLM."""
     if status != 200:
         return status >= 500 and litellm_status(words) or status
@@ -4764,13 +4755,13 @@ def error_status(status: int, fields: Dict[str, Any], words: str) -> int:
     return named or next(worded)
 
 
-def named_status(*names: Any) -> Optional[int]:
+def named_status(*names: Any) -> int | None:
     """Status of the first name that NAMED_STATUS contains; None if it contains none."""
     keys = (re.sub(r"_|error$", "", name.lower()) for name in names if isinstance(name, str))
     return next((NAMED_STATUS[key] for key in keys if key in NAMED_STATUS), None)
 
 
-def litellm_status(text: str) -> Optional[int]:
+def litellm_status(text: str) -> int | None:
     """Status for a LiteLLM message, "litellm.RateLimitError: ..."; None for others."""
     text = text[:4000]
     classes = re.findall(r"litellm\.(?:[a-z_]{1,20}\.){0,3}([A-Z]\w{2,60})", text)
@@ -4854,7 +4845,7 @@ def parse_overflow(words: str) -> Overflow:
     Knows the messages of OpenAI, Anthropic, Gemini, Mistral, DeepSeek, Moonshot, xAI, OpenRouter,
     vLLM, SGLang, llama.cpp, TGI and LM Studio.
     """
-    count: Dict[str, int] = defaultdict(int)
+    count: dict[str, int] = defaultdict(int)
     for name, pattern in _OVERFLOW_NUMBERS:
         match = None if count[name] else re.search(pattern, words)
         if match:
@@ -4869,12 +4860,12 @@ MAX_RETRY_AFTER = 172800.0  # seconds; an absurd value must not disable an upstr
 
 
 def retry_after_seconds(
-    headers: Dict[str, str],
+    headers: dict[str, str],
     body: Any,
     now: Callable[[], float] = time.time,
     message: str = "",
     limit: bool = True,
-) -> Optional[float]:
+) -> float | None:
     """Return the seconds to wait (1 to MAX_RETRY_AFTER) by headers, body or message.
 
     With ``limit`` also by rate-limit headers, which some upstreams send with every response.
@@ -4891,7 +4882,7 @@ def retry_after_seconds(
 
 def seconds_from_now(
     value: Any, now: Callable[[], float] = time.time, unit: float = 1.0
-) -> Optional[float]:
+) -> float | None:
     """Seconds until a number, a duration ("1m30.5s"), a Unix time (s or ms) or a date."""
     text = str(value).strip()
     if not isinstance(value, (str, int, float)) or isinstance(value, bool) or len(text) > 100:
@@ -4908,7 +4899,7 @@ def seconds_from_now(
     return None
 
 
-def _timestamp(text: str) -> Optional[float]:
+def _timestamp(text: str) -> float | None:
     """Parse an HTTP or ISO 8601 date to a Unix time; None if it is not a valid one."""
     from datetime import datetime, timezone
     from email.utils import parsedate_to_datetime
@@ -4930,7 +4921,7 @@ _DELAY_FIELD = re.compile(
 
 def _stated_delays(
     value: Any, now: Callable[[], float], limit: bool = True, depth: int = 5
-) -> Iterator[Optional[float]]:
+) -> Iterator[float | None]:
     """Delays in headers, or in an error body with quoted headers; outer ones first."""
     if not depth or not isinstance(value, (dict, list)):
         return
@@ -4948,9 +4939,9 @@ def _stated_delays(
         yield from _stated_delays(inner, now, limit, depth - 1)
 
 
-def _reset_delay(headers: Dict[str, Any], now: Callable[[], float]) -> Optional[float]:
+def _reset_delay(headers: dict[str, Any], now: Callable[[], float]) -> float | None:
     """Longest time until a used-up limit resets, by the rate-limit headers in use."""
-    delays: List[Optional[float]] = []
+    delays: list[float | None] = []
     for name, value in headers.items():
         if name in ("ratelimit", "x-ratelimit"):  # "default";r=0;t=60, or remaining=0, reset=60
             for item in re.split(r', *(?=")', str(value)[:1000]):
@@ -4979,7 +4970,7 @@ _DATE_IN_MESSAGE = re.compile(
 )
 
 
-def _delays_in_message(text: str, now: Callable[[], float]) -> Iterator[Optional[float]]:
+def _delays_in_message(text: str, now: Callable[[], float]) -> Iterator[float | None]:
     """Seconds until "resets at 2026-01-02 03:04Z", or in "try again in 7m30s"."""
     date, delay = _DATE_IN_MESSAGE.search(text), _DELAY_IN_MESSAGE.search(text)
     if date:
@@ -5017,7 +5008,7 @@ PUBLIC_HEADERS = (
 )
 
 
-def option_secrets(options: ControllerSettings) -> List[str]:
+def option_secrets(options: ControllerSettings) -> list[str]:
     """Secrets in the headers and the proxy of a controller."""
     secrets = cookie_values(options.cookie)
     for name, value in options.headers.items():
@@ -5029,7 +5020,7 @@ def option_secrets(options: ControllerSettings) -> List[str]:
     return [*secrets, *filter(None, (password, urllib.parse.unquote(password)))]
 
 
-def cookie_values(text: str) -> List[str]:
+def cookie_values(text: str) -> list[str]:
     """Values of a Cookie header; a part without "=" counts as a value."""
     values = (pair.partition("=")[2] or pair for pair in text.split(";"))
     return [value.strip() for value in values if value.strip()]
@@ -5086,7 +5077,7 @@ def _without_secrets(text: str, secrets: Iterable[str]) -> str:
     return "".join([*parts, text[done:]])
 
 
-def _secret_spans(text: str, secrets: Iterable[str]) -> List[Tuple[int, int]]:
+def _secret_spans(text: str, secrets: Iterable[str]) -> list[tuple[int, int]]:
     """Positions of secrets, in order; MAX_FOUND at most."""
     # All forms are searched in the same text: replacing the beginning of one form could make the
     # remainder of another one too short to be found. Upstreams may change the case of a name.
@@ -5101,7 +5092,7 @@ def _fold(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def secret_forms(secrets: Tuple[str, ...]) -> List[str]:
+def secret_forms(secrets: tuple[str, ...]) -> list[str]:
     """Secrets in all encodings in which an error may quote them, in lower case."""
     forms = set()
     for secret in secrets:
@@ -5116,7 +5107,7 @@ def secret_forms(secrets: Tuple[str, ...]) -> List[str]:
     return [_fold(form) for form in forms if len(form) >= 4]
 
 
-def _find_parts(text: str, form: str) -> Iterator[Tuple[int, int]]:
+def _find_parts(text: str, form: str) -> Iterator[tuple[int, int]]:
     """Positions of a form's beginning, from 8 characters on, and of any 12 in a row."""
     if len(form) < 8:
         for word in re.finditer(rf"(?<!\w){re.escape(form)}(?!\w)", text):
@@ -5144,7 +5135,7 @@ def common_length(first: str, second: str) -> int:
 # Akash Chat's web API: session, requests, stream, images. Knows no clients and no dialects.
 
 
-def session_cookie(set_cookie: str) -> Tuple[str, float]:
+def session_cookie(set_cookie: str) -> tuple[str, float]:
     """Return the session's cookie of Set-Cookie, and its Max-Age; ("", inf) if none."""
     for line in set_cookie.split("\n"):
         match = re.match(r"(session_token=[^;,\s\"\\]+)(.*)", line)
@@ -5213,7 +5204,7 @@ class AkashLogin:
 
 # fmt: off
 # Parameters that Akash Chat can't honour, each with the values that are harmless.
-AKASH_UNSUPPORTED: Dict[str, List[Any]] = {
+AKASH_UNSUPPORTED: dict[str, list[Any]] = {
     "tools": [[]], "functions": [[]],
     "tool_choice": ["none", "auto"], "function_call": ["none", "auto"],
     "n": [1], "best_of": [1], "logprobs": [False, 0], "top_logprobs": [0],
@@ -5232,7 +5223,7 @@ SPECIAL_TOKENS = re.compile(r"<\|(?=(?:endoftext|fim_prefix|fim_middle|fim_suffi
 ESCAPED = "<|\u2060"
 
 
-def akash_request(model: str, chat: Dict[str, Any]) -> Tuple[Dict[str, Any], List[str]]:
+def akash_request(model: str, chat: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Build the body of POST /api/chat/, and list what it leaves out. APIError 400."""
     body = {name: value for name, value in chat.items() if value is not None}
     for name, value in body.items():
@@ -5245,9 +5236,9 @@ def akash_request(model: str, chat: Dict[str, Any]) -> Tuple[Dict[str, Any], Lis
     # Clients that ask for a JSON object also say so in a message: the model does its best.
     if body.get("response_format") == {"type": "json_object"}:
         ignored.append("response_format")
-    system: List[str] = []
-    messages: List[Dict[str, Any]] = []
-    files: List[Dict[str, str]] = []
+    system: list[str] = []
+    messages: list[dict[str, Any]] = []
+    files: list[dict[str, str]] = []
     for index, message in enumerate(as_list(body.get("messages"))):
         if message.get("role") in ("system", "developer"):
             system.append(_content(message, f"messages[{index}]", files)[0])
@@ -5276,8 +5267,8 @@ def refused(param: str, words: str) -> APIError:
 
 
 def _akash_message(
-    message: Dict[str, Any], param: str, files: List[Dict[str, str]]
-) -> Dict[str, Any]:
+    message: dict[str, Any], param: str, files: list[dict[str, str]]
+) -> dict[str, Any]:
     role = message.get("role")
     if role not in ("user", "assistant"):
         words = f"supports system, developer, user and assistant, not {str(role)[:80]!r}"
@@ -5286,7 +5277,7 @@ def _akash_message(
         raise refused(f"{param}.tool_calls", "does not support tool calls")
     text, images = _content(message, param, files)
     escaped = SPECIAL_TOKENS.sub(ESCAPED, text)
-    result: Dict[str, Any] = {"role": role, "content": escaped}
+    result: dict[str, Any] = {"role": role, "content": escaped}
     if escaped != text:  # akash-chat f0a4ae0: the tokenizer reads `content`, the model `parts`
         result["parts"] = [{"type": "text", "text": text}]
     if images:
@@ -5295,8 +5286,8 @@ def _akash_message(
 
 
 def _content(
-    message: Dict[str, Any], param: str, files: List[Dict[str, str]]
-) -> Tuple[str, List[Dict[str, str]]]:
+    message: dict[str, Any], param: str, files: list[dict[str, str]]
+) -> tuple[str, list[dict[str, str]]]:
     """Return a message's text, and its images as attachments; append to ``files``."""
     content = message.get("content")
     if content is None or isinstance(content, str):
@@ -5326,7 +5317,7 @@ def _content(
 _IMAGE_URL = re.compile(r"data:(image/[a-z0-9.+-]+);base64,|https?://", re.I)
 
 
-def _attachment(url: Any, param: str) -> Dict[str, str]:
+def _attachment(url: Any, param: str) -> dict[str, str]:
     match = _IMAGE_URL.match(url) if isinstance(url, str) else None
     if not match:
         raise refused(param, "needs an image URL with http(s): or data:image/...;base64,...")
@@ -5335,7 +5326,7 @@ def _attachment(url: Any, param: str) -> Dict[str, str]:
     return {"name": "picture", "contentType": (match[1] or "image/png").lower(), "url": url}
 
 
-def _text_file(file: Dict[str, Any], param: str) -> Dict[str, str]:
+def _text_file(file: dict[str, Any], param: str) -> dict[str, str]:
     """Return a file of text as an entry of ``context``; APIError 400 for other files."""
     encoded = file.get("file_data")
     data = decode_base64(encoded.rpartition(",")[2], param) if isinstance(encoded, str) else b"\0"
@@ -5366,7 +5357,7 @@ AKASH_SMALL = 500  # tokens of a conversation for which the list is not read
 MAX_STOP_LENGTH = 1000  # characters of one stop sequence
 
 
-def stop_sequences(body: Dict[str, Any]) -> List[str]:
+def stop_sequences(body: dict[str, Any]) -> list[str]:
     """Return OpenAI's ``stop``, a string or a list of up to four, as a list."""
     value = body.get("stop")
     stops = [value] if isinstance(value, str) else [] if value is None else value
@@ -5384,7 +5375,7 @@ def stop_sequences(body: Dict[str, Any]) -> List[str]:
 # Status and code for an error message by the first pattern it contains. If LiteLLM's exception
 # name is in the message, its status takes precedence.
 # fmt: off
-AKASH_ERRORS: List[Tuple[int, Optional[str], str]] = [
+AKASH_ERRORS: list[tuple[int, str | None, str]] = [
     (404, None,                       r"invalid model name|model \S{1,200} does not exist"),
     (429, None,                       r"rate limit|too many requests|no deployments available"
                                       r"|max parallel request"),
@@ -5503,11 +5494,11 @@ class AkashDecoder(Decoder):
         self.buffer = bytearray()  # an incomplete line
         self.tool_count = 0
 
-    def feed(self, data: bytes) -> List[Event]:
+    def feed(self, data: bytes) -> list[Event]:
         texts = self.fast_path(data) if data.endswith(b'"\n') else b""
         if texts:
             return [Text(texts[1:-1].decode())]
-        out: List[Event] = []
+        out: list[Event] = []
         for part in _NO_TEXT_PART.split(b"\n" + take_complete_lines(self.buffer, data)):
             if self.complete or self.error:
                 break
@@ -5527,7 +5518,7 @@ class AkashDecoder(Decoder):
             return b""
         return data[2:-1].replace(b'"\n0:"', b"")
 
-    def close(self) -> List[Event]:
+    def close(self) -> list[Event]:
         """Handle the end of the response body; an error unless Finish was received."""
         out = self.feed(b"\n") if self.buffer.strip() else []  # the last "\n" may be missing
         if self.error and self.error.message == MALFORMED_LINE:
@@ -5536,7 +5527,7 @@ class AkashDecoder(Decoder):
             self._fail(ENDED_EARLY)
         return out
 
-    def _line(self, line: bytes, out: List[Event]) -> None:
+    def _line(self, line: bytes, out: list[Event]) -> None:
         code, data = line[:1], line[5:].strip()
         try:
             if line[1:2] == b":" and code.isalnum():
@@ -5557,7 +5548,7 @@ class AkashDecoder(Decoder):
         except (ValueError, RecursionError):
             self._fail(MALFORMED_LINE)
 
-    def _event(self, event: Dict[str, Any], out: List[Event]) -> None:
+    def _event(self, event: dict[str, Any], out: list[Event]) -> None:
         event_type, delta = event.get("type"), event.get("delta")
         if event_type in ("text-delta", "reasoning-delta"):
             if isinstance(delta, str) and delta:
@@ -5569,7 +5560,7 @@ class AkashDecoder(Decoder):
         elif event_type == "finish":
             self._finish(event, out)
 
-    def _texts(self, lines: List[bytes], out: List[Event]) -> None:
+    def _texts(self, lines: list[bytes], out: list[Event]) -> None:
         """Decode consecutive text parts at once; one by one if any of them is malformed.
 
         Joined by ",\\n" no part can swallow the next: JSON strings contain no raw line break.
@@ -5597,7 +5588,7 @@ class AkashDecoder(Decoder):
             else:
                 out.append(Text(text))
 
-    def _tool(self, event: Dict[str, Any], out: List[Event]) -> None:
+    def _tool(self, event: dict[str, Any], out: list[Event]) -> None:
         if self.tool_count == MAX_TOOL_CALLS:
             self.error = too_many_calls("Akash Chat")
             return
@@ -5606,7 +5597,7 @@ class AkashDecoder(Decoder):
         out.append(ToolCall(self.tool_count, arguments, call_id, name))
         self.tool_count += 1
 
-    def _finish(self, event: Dict[str, Any], out: List[Event]) -> None:
+    def _finish(self, event: dict[str, Any], out: list[Event]) -> None:
         reason, metadata = event.get("finishReason"), as_dict(event.get("messageMetadata"))
         usage = metadata.get("totalUsage") or metadata.get("usage") or event.get("usage")
         if reason in self.FINISH_REASONS:
@@ -5662,7 +5653,7 @@ IMAGE_JOB = re.compile(
 )
 
 
-def parse_image_job(body: bytes) -> Optional[Tuple[str, str]]:
+def parse_image_job(body: bytes) -> tuple[str, str] | None:
     """Return (job ID, prompt) from AkashGen's answer; None if it is anything else."""
     text = body.decode("utf-8", "replace")
     start = text.find('0:"<image_generation>')
@@ -5682,10 +5673,10 @@ def parse_image_job(body: bytes) -> Optional[Tuple[str, str]]:
 class ImageBatch:
     """The image jobs of one request."""
 
-    key: Tuple[str, str, str]  # of the request: its client, path and body
-    cancellation: Optional[Cancellation] = None  # of the request, until it has ended
+    key: tuple[str, str, str]  # of the request: its client, path and body
+    cancellation: Cancellation | None = None  # of the request, until it has ended
     expires_at: float = math.inf
-    jobs: List[Tuple[str, str]] = field(default_factory=list)  # (job ID, prompt)
+    jobs: list[tuple[str, str]] = field(default_factory=list)  # (job ID, prompt)
     lock: Any = field(default_factory=threading.Lock)  # held while a job is being started
 
 
@@ -5699,9 +5690,9 @@ class AkashImages:
 
     MAX_BATCHES, KEPT_SECONDS = 1000, 600.0
 
-    def __init__(self, akash: "AkashController", clock: Callable[[], float]) -> None:
+    def __init__(self, akash: AkashController, clock: Callable[[], float]) -> None:
         self.akash, self.clock, self.lock = akash, clock, threading.RLock()
-        self.batches: Deque[ImageBatch] = deque(maxlen=self.MAX_BATCHES)
+        self.batches: deque[ImageBatch] = deque(maxlen=self.MAX_BATCHES)
 
     def find(self, call: Call) -> ImageBatch:
         """Return the batch that the call repeats, or a new one."""
@@ -5761,7 +5752,7 @@ class AkashImages:
 
     def _start_job(
         self, call: Call, data: bytes, batch: ImageBatch, index: int
-    ) -> Optional[List[Event]]:
+    ) -> list[Event] | None:
         """Start a job of a batch, unless it has one; events if the answer is text."""
         while not batch.lock.acquire(timeout=0.25):  # the predecessor is just starting it
             call.cancellation.raise_if_cancelled()
@@ -5783,7 +5774,7 @@ class AkashImages:
         finally:
             batch.lock.release()
 
-    def _text_instead(self, call: Call, response: UpstreamResponse, body: bytes) -> List[Event]:
+    def _text_instead(self, call: Call, response: UpstreamResponse, body: bytes) -> list[Event]:
         """Return the events of an answer with text where an image was requested."""
         decoder = akash_decoder(self.akash.IMAGE_MODEL, self.akash.secrets())
         events = decoder.feed(body) + decoder.close()
@@ -5826,7 +5817,7 @@ class AkashImages:
                 last_progress = progress
                 yield progress
 
-    def _job_state(self, call: Call, job: str) -> Optional[Dict[str, Any]]:
+    def _job_state(self, call: Call, job: str) -> dict[str, Any] | None:
         """Return a job's status object; {} if it is unknown, None if the request failed."""
         path = "/api/image-status/?ids=" + urllib.parse.quote(job, safe="")
         try:
@@ -5879,9 +5870,9 @@ class AkashController(Controller):
         self.images = AkashImages(self, clock)
         self.session = Cache(f"{self.name}: session", self._start_session, clock, expires=True)
         self.model_cache = Cache(f"{self.name}: models", self._fetch_models, clock)
-        self.context_lengths: Dict[str, int] = {}  # in tokens, by model
+        self.context_lengths: dict[str, int] = {}  # in tokens, by model
 
-    def check_support(self, call: Call) -> Optional[APIError]:
+    def check_support(self, call: Call) -> APIError | None:
         try:
             call.prepared_requests[self.name] = self._prepare(call)
         except APIError as error:
@@ -5906,7 +5897,7 @@ class AkashController(Controller):
         response = self._send("POST", self.CHAT_PATH, call.scope, cookie, **options)
         return EventStream(response, functools.partial(self._decoder, call, stop_filter, cookie))
 
-    def _check_context(self, call: Call, body: Dict[str, Any]) -> None:
+    def _check_context(self, call: Call, body: dict[str, Any]) -> None:
         """Note or, with APIError 400, refuse a conversation that Akash Chat would cut."""
         messages = [*body["messages"], *body["context"]]
         texts = [body["system"], *(message["content"] for message in messages)]
@@ -5926,7 +5917,7 @@ class AkashController(Controller):
             raise error
         call.attempt.overflow = f"about {tokens} tokens > {room}"
 
-    def _prepare(self, call: Call) -> Tuple[Dict[str, Any], StopFilter, List[str]]:
+    def _prepare(self, call: Call) -> tuple[dict[str, Any], StopFilter, list[str]]:
         """Return the request body, the filter of its answer, and what is ignored of it."""
         if call.relay_only:
             message = f"Akash Chat does not offer {call.original.path[:200]!r}."
@@ -5944,21 +5935,21 @@ class AkashController(Controller):
         stop_filter = StopFilter(stop_sequences(fields), max_tokens)
         return body, stop_filter, [*dropped, *ignored]
 
-    def secrets(self, cookie: Optional[str] = None) -> List[str]:
+    def secrets(self, cookie: str | None = None) -> list[str]:
         """List the strings to redact from errors: keys, header values and cookies."""
         cookies = "; ".join(filter(None, (self.login.cookie, self.session.value, cookie)))
         return self.own_secrets + cookie_values(cookies)
 
-    def metrics(self) -> Dict[str, float]:
-        metrics: Dict[str, float] = {"akashproxy_session_renewals_total": self.session.fetch_count}
+    def metrics(self) -> dict[str, float]:
+        metrics: dict[str, float] = {"akashproxy_session_renewals_total": self.session.fetch_count}
         if self.login.state in ("active", "ended"):
             metrics["akashproxy_login_active"] = int(self.login.state == "active")
         return metrics
 
-    def status(self) -> Dict[str, Any]:
+    def status(self) -> dict[str, Any]:
         return {"login": self.login.state}
 
-    def limit_is_over(self) -> Optional[bool]:
+    def limit_is_over(self) -> bool | None:
         response, status = self.transport.get_json(self.LIMIT_PATH)
         blocked = as_dict(status).get("blocked")
         return not blocked if response.status == 200 and isinstance(blocked, bool) else None
@@ -6010,10 +6001,10 @@ class AkashController(Controller):
 
     def with_session(
         self, method: str, path: str, scope: CancelScope, model: str = "", **options: Any
-    ) -> Tuple[UpstreamResponse, bytes]:
+    ) -> tuple[UpstreamResponse, bytes]:
         """Send a request in a session; return the response, of status 200, and its body."""
 
-        def send(retry_reason: str) -> Tuple[UpstreamResponse, bytes]:
+        def send(retry_reason: str) -> tuple[UpstreamResponse, bytes]:
             cookie = self.session.get(scope)
             response = self._send(method, path, scope, cookie, retry_reason=retry_reason, **options)
             response.read_head()
@@ -6024,7 +6015,7 @@ class AkashController(Controller):
 
         return retrying(send)
 
-    def _start_session(self) -> Tuple[str, float]:
+    def _start_session(self) -> tuple[str, float]:
         """Return a new session's cookie, or "", and its lifetime in seconds. APIError.
 
         A cookie is valid for its Max-Age, counted from before the request was sent. Servers without
@@ -6097,7 +6088,7 @@ class AkashController(Controller):
         error.upstream_status = status
         raise error
 
-    def _fetch_models(self) -> Tuple[List[Dict[str, Any]], float]:
+    def _fetch_models(self) -> tuple[list[dict[str, Any]], float]:
         _, body = self.with_session("GET", "/api/models/", CancelScope(), short=True)
         entries = akash_models(json_or_none(body))
         if not entries:
@@ -6113,7 +6104,7 @@ class AkashController(Controller):
         return models, self.settings.models_ttl
 
 
-def no_session(message: str, status: int, wait: Optional[float] = None) -> APIError:
+def no_session(message: str, status: int, wait: float | None = None) -> APIError:
     """Return the 503 for a server without sessions, after ``wait`` seconds if named."""
     category = Category.RATE_LIMIT if wait else Category.NETWORK
     error = APIError(
@@ -6129,7 +6120,7 @@ def no_models() -> APIError:
     return APIError(503, message, retry_after=30, category=Category.NETWORK, upstream_status=200)
 
 
-def akash_models(listing: Any) -> Dict[str, Dict[str, Any]]:
+def akash_models(listing: Any) -> dict[str, dict[str, Any]]:
     """Return the models in any akash-chat version's list, by ID.
 
     Lists are arrays, or objects with ``models``; others count as empty. Where b58259a has a
@@ -6169,31 +6160,31 @@ class ChatDecoder(Decoder):
         self.upstream_name, self.secrets = upstream_name, secrets
         self.lines = EventLines()
         self.calls = ToolCallAssembler(upstream_name)
-        self.reason: Optional[str] = None
+        self.reason: str | None = None
         self.stop_sequence = ""
-        self.usage: Dict[str, Any] = {}  # as the upstream has sent it
+        self.usage: dict[str, Any] = {}  # as the upstream has sent it
 
-    def feed(self, data: bytes) -> List[Event]:
+    def feed(self, data: bytes) -> list[Event]:
         out, lines = self._decode(self.lines.feed(data)), self.lines
         self.started = self.started or bool(out)
         if (lines.data or lines.buffer) and lines.size + len(lines.buffer) > self.LINE_LIMIT:
             self.error = truncated(self.upstream_name, "sent an event that is too long")
         return out
 
-    def close(self) -> List[Event]:
+    def close(self) -> list[Event]:
         return self._decode(itertools.chain(self.lines.close(), [(b"", b"[DONE]")]))
 
-    def decode_body(self, body: Dict[str, Any]) -> List[Event]:
+    def decode_body(self, body: dict[str, Any]) -> list[Event]:
         """Return the events of a completion that is not streamed. Raises APIError."""
-        out: List[Event] = []
+        out: list[Event] = []
         self._completion(body, "message", out)
         if self.reason is None and not out:
             raise truncated(self.upstream_name, "sent something that is not a completion")
         self._finish(out)
         return out
 
-    def _decode(self, events: Iterable[Tuple[bytes, bytes]]) -> List[Event]:
-        out: List[Event] = []
+    def _decode(self, events: Iterable[tuple[bytes, bytes]]) -> list[Event]:
+        out: list[Event] = []
         for event_type, data in events:
             try:
                 self._event(event_type, data.strip(), out)
@@ -6204,7 +6195,7 @@ class ChatDecoder(Decoder):
                 break
         return out
 
-    def _event(self, event_type: bytes, data: bytes, out: List[Event]) -> None:
+    def _event(self, event_type: bytes, data: bytes, out: list[Event]) -> None:
         """Decode one event. Raises the APIError that it stands for."""
         if data == b"[DONE]":
             if self.reason is None:
@@ -6220,7 +6211,7 @@ class ChatDecoder(Decoder):
         if isinstance(event, dict):
             self._completion(event, "delta", out)
 
-    def _completion(self, body: Dict[str, Any], key: str, out: List[Event]) -> None:
+    def _completion(self, body: dict[str, Any], key: str, out: list[Event]) -> None:
         """Decode a chunk, or a whole completion, whose choices have ``key``."""
         if (body.get("error") or not body.get("choices")) and is_chat_error(body):
             raise error_from_body(self.upstream_name, 200, body, self.secrets)
@@ -6246,7 +6237,7 @@ class ChatDecoder(Decoder):
                 for name in ("stop_reason", "matched_stop"):  # vLLM's and SGLang's
                     self.stop_sequence = as_str(choice.get(name)) or self.stop_sequence
 
-    def _finish(self, out: List[Event]) -> None:
+    def _finish(self, out: list[Event]) -> None:
         reason = finish_reason(self.upstream_name, self.reason or "", self.calls.close())
         self.complete = True
         out.append(Finish(reason, chat_usage(self.usage), self.stop_sequence or None))
@@ -6260,10 +6251,10 @@ class CallInProgress:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.id: Optional[str] = None
-        self.name: Optional[str] = None
-        self.extra: Dict[str, Any] = {}  # the upstream's own fields
-        self.arguments: List[str] = []  # their fragments
+        self.id: str | None = None
+        self.name: str | None = None
+        self.extra: dict[str, Any] = {}  # the upstream's own fields
+        self.arguments: list[str] = []  # their fragments
         self.size = 0  # characters of them
         self.depth, self.in_string, self.opened = 0, False, False
         self.escape = ""  # a backslash whose character is still to come
@@ -6333,14 +6324,14 @@ class ToolCallAssembler:
 
     def __init__(self, upstream_name: str) -> None:
         self.upstream_name = upstream_name
-        self.calls: List[CallInProgress] = []
-        self.by_id: Dict[str, CallInProgress] = {}
-        self.by_index: Dict[int, CallInProgress] = {}
-        self.latest: Optional[CallInProgress] = None
-        self.details: List[Dict[str, Any]] = []  # OpenRouter's fragments of reasoning_details
+        self.calls: list[CallInProgress] = []
+        self.by_id: dict[str, CallInProgress] = {}
+        self.by_index: dict[int, CallInProgress] = {}
+        self.latest: CallInProgress | None = None
+        self.details: list[dict[str, Any]] = []  # OpenRouter's fragments of reasoning_details
         self.details_room = 1 << 16  # characters; with more of them, none go with a call
 
-    def add(self, fragment: ToolCall, is_complete: bool = False) -> List[Event]:
+    def add(self, fragment: ToolCall, is_complete: bool = False) -> list[Event]:
         """Return the events of a fragment. APIError if there are too many calls."""
         call = self.by_id.get(fragment.id or "") or self.by_index.get(fragment.index)
         if not (call or fragment.name or fragment.id):
@@ -6382,7 +6373,7 @@ class ToolCallAssembler:
             raise truncated(self.upstream_name, "sent a tool call without a name")
         return any(call.name for call in self.calls)
 
-    def _take_details(self) -> Dict[str, Any]:
+    def _take_details(self) -> dict[str, Any]:
         """Return what goes with the next call: details that are more than text."""
         details, self.details = self.details, []
         is_opaque = any(detail.get("data") or detail.get("signature") for detail in details)
@@ -6408,9 +6399,9 @@ class ToolCallAssembler:
         return call
 
 
-def message_events(message: Dict[str, Any]) -> List[Event]:
+def message_events(message: dict[str, Any]) -> list[Event]:
     """Return the events of a stream's delta or of a complete message."""
-    events: List[Event] = []
+    events: list[Event] = []
     images = as_list(message.get("images"))  # OpenRouter's and LiteLLM's
     reasoning = next((message[name] for name in REASONING_FIELDS if message.get(name)), None)
     content, declined = message.get("content"), message.get("refusal")
@@ -6467,7 +6458,7 @@ def joined_text(value: Any) -> str:
     return as_str(value)
 
 
-def name_or_none(value: Any) -> Optional[str]:
+def name_or_none(value: Any) -> str | None:
     """Return a string as it is, an integer as a string; None for anything else."""
     return value if isinstance(value, str) else str(value) if type(value) is int else None
 
@@ -6481,7 +6472,7 @@ CALL_FIELDS = ("index", "id", "type", "function", "name", "arguments", "paramete
 # What reasons to end mean, by the first pattern that they contain in lower case. OpenAI's names are
 # on the left; servers send several dozen others (max_tokens, model_length, SAFETY, sensitive,
 # tool_use, insufficient_system_resource ...). An unknown reason after an answer is a "stop".
-FINISH_REASONS: List[Tuple[str, str]] = [
+FINISH_REASONS: list[tuple[str, str]] = [
     ("stop",           r"^(?:stop|eos|end|done|complete)"),
     ("error",          r"error|fail|abort|cancel|malformed|unexpected|overload|timeout|timed_out"
                        r"|rate_limit|resource|unavailable|interrupt|network|exhausted|quota|kill|^oom"
@@ -6509,7 +6500,7 @@ def finish_reason(upstream_name: str, reason: str, has_calls: bool) -> str:
     return meaning
 
 
-def find_usage(body: Dict[str, Any]) -> Any:
+def find_usage(body: dict[str, Any]) -> Any:
     """Return the usage of a completion or an event, wherever servers put it."""
     usage = body.get("usage")
     if usage is None and ("x_groq" in body or "choices" in body):
@@ -6523,9 +6514,9 @@ MAX_USAGE = 4096  # bytes of a usage object
 MAX_USAGES = 16  # that are parsed; all but one may be null, or tools' own
 
 
-def last_usage(data: bytes) -> Dict[str, Any]:
+def last_usage(data: bytes) -> dict[str, Any]:
     """Return the counts in the last objects named "usage" in JSON; {} without any."""
-    counts: Dict[str, Any] = {}
+    counts: dict[str, Any] = {}
     at = len(data)
     for _ in range(MAX_USAGES):
         at = data.rfind(b'"usage"', 0, at)
@@ -6540,9 +6531,9 @@ def last_usage(data: bytes) -> Dict[str, Any]:
     return counts
 
 
-def merge_counts(*usages: Dict[str, Any]) -> Dict[str, Any]:
+def merge_counts(*usages: dict[str, Any]) -> dict[str, Any]:
     """Merge usages that have counts; null and 0 do not replace a count."""
-    merged: Dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     for usage in usages:
         if any(map(count_or_none, usage.values())):
             given = {name: n for name, n in usage.items() if n or name not in merged}
@@ -6557,10 +6548,10 @@ class StreamEnd(NamedTuple):
     """
 
     pattern: Pattern[bytes]
-    hints: Tuple[bytes, ...]  # one is in every match, and rfind() is faster than the pattern
-    mid_stream: Tuple[bytes, ...] = ()  # ends of typical events that need no search for a match
+    hints: tuple[bytes, ...]  # one is in every match, and rfind() is faster than the pattern
+    mid_stream: tuple[bytes, ...] = ()  # ends of typical events that need no search for a match
 
-    def matches(self, data: bytes, start: int = 0) -> Iterable["re.Match[bytes]"]:
+    def matches(self, data: bytes, start: int = 0) -> Iterable[re.Match[bytes]]:
         """Return the matches in data from an index on, which is the start of a line."""
         # Mostly there is none, which find() notices in three times as long as rfind().
         hints = [hint for hint in self.hints if data.rfind(hint, start) >= 0]
@@ -6630,7 +6621,7 @@ class UnparsedBody(Decoder):
 
     started = True
 
-    def feed(self, data: bytes) -> List[Event]:
+    def feed(self, data: bytes) -> list[Event]:
         return [RawBytes(data)]
 
 
@@ -6650,7 +6641,7 @@ class PassthroughDecoder(Decoder):
     def __init__(
         self,
         name: str,
-        end: Optional[StreamEnd] = None,
+        end: StreamEnd | None = None,
         secrets: Iterable[str] = (),
         model: str = "",
     ) -> None:
@@ -6661,11 +6652,11 @@ class PassthroughDecoder(Decoder):
         self.mid_stream = () if model else self.end.mid_stream
         self.buffer = bytearray()  # an incomplete line
         self.opening = bytearray()  # what precedes the first content
-        self.first_usage: Dict[str, Any] = {}  # that of the opening; Anthropic's counts the prompt
-        self.last_parts: Deque[bytes] = deque(maxlen=self.LAST_PARTS)  # except mid-stream ones
+        self.first_usage: dict[str, Any] = {}  # that of the opening; Anthropic's counts the prompt
+        self.last_parts: deque[bytes] = deque(maxlen=self.LAST_PARTS)  # except mid-stream ones
         self.tail = b"\n\n"  # of what has been passed on, except mid-stream parts
 
-    def feed(self, data: bytes) -> List[Event]:
+    def feed(self, data: bytes) -> list[Event]:
         if self.buffer or not data.endswith(b"\n"):
             data = take_complete_lines(self.buffer, data)
         if not self.started:
@@ -6690,7 +6681,7 @@ class PassthroughDecoder(Decoder):
         if data.rfind(b'"usage"', typical) >= 0:
             self.last_parts.append(data[typical:])
 
-    def _usage(self) -> Optional[Dict[str, Any]]:
+    def _usage(self) -> dict[str, Any] | None:
         """Return the usage of the answer so far."""
         counts = last_usage(b"".join(self.last_parts))
         return chat_usage(merge_counts(self.first_usage, counts))
@@ -6722,7 +6713,7 @@ class PassthroughDecoder(Decoder):
                 return data if rest == line_break else data[: match.end()] + line_break
         return data
 
-    def _is_own(self, match: "re.Match[bytes]", start: int) -> bool:
+    def _is_own(self, match: re.Match[bytes], start: int) -> bool:
         """Whether a match after ``start`` is of an event's type, not of an object within."""
         if match[1] is None or not match[0].startswith(b'"type"'):
             return True
@@ -6762,7 +6753,7 @@ class PassthroughDecoder(Decoder):
         opening, self.opening = self.opening, bytearray()
         return bytes(opening) + data if opening else data
 
-    def _has_content(self, event: Dict[str, Any]) -> bool:
+    def _has_content(self, event: dict[str, Any]) -> bool:
         """Whether an event carries content or an end, not just an opening."""
         choices, is_chat = event.get("choices"), self.end is CHAT_END
         if isinstance(event.get("type"), str) and not is_chat:
@@ -6775,14 +6766,14 @@ class PassthroughDecoder(Decoder):
                 return True
         return False
 
-    def _error_in(self, event: Dict[str, Any]) -> Any:
+    def _error_in(self, event: dict[str, Any]) -> Any:
         """Return the object with the error of an opening event; None without an error."""
         if event.get("type") == "response.failed":
             return event.get("response")
         failed = is_chat_error(event) if self.end is CHAT_END else is_error(event)
         return event if failed else None
 
-    def close(self) -> List[Event]:
+    def close(self) -> list[Event]:
         data = bytes(self.opening + self.buffer)
         self.buffer, self.opening = bytearray(), bytearray()
         if not self.end_seen:
@@ -6795,7 +6786,7 @@ class PassthroughDecoder(Decoder):
         usage = self._usage()
         return [RawBytes(data, usage)] if data or usage else []
 
-    def flush(self) -> List[Event]:
+    def flush(self) -> list[Event]:
         """Drop an incomplete line and end an incomplete event: an error may follow."""
         self.buffer.clear()
         between_events = self.tail.endswith((b"\n\n", b"\n\r\n", b"\r\r"))
@@ -6822,7 +6813,7 @@ def is_error(body: Any) -> bool:
     return bool(body.get("error") or body.get("errors") or names_error)
 
 
-def is_chat_error(body: Dict[str, Any]) -> bool:
+def is_chat_error(body: dict[str, Any]) -> bool:
     """Whether a completion or an event is an error, maybe just a code and words."""
     has_words = not body.get("choices") and error_words(error_fields(body)) != ""
     return bool(body.get("error")) or is_error(body) or has_words
@@ -6885,7 +6876,7 @@ class OpenAIController(Controller):
             return any(fnmatch.fnmatchcase(path, pattern) for pattern in self.options.paths)
         return path not in self.NOT_NATIVE_BY_DEFAULT
 
-    def check_support(self, call: Call) -> Optional[APIError]:
+    def check_support(self, call: Call) -> APIError | None:
         path = call.original.path
         if self.speaks(path):
             return None
@@ -6903,7 +6894,7 @@ class OpenAIController(Controller):
         )
         return EventStream(response, lambda response: self._decoder(call, response, is_native))
 
-    def _request(self, call: Call, is_native: bool) -> Tuple[Union[bytes, bytearray], str]:
+    def _request(self, call: Call, is_native: bool) -> tuple[bytes | bytearray, str]:
         """Return the request body and its content type; unchanged bodies are not rebuilt."""
         name = self.upstream_model(call.model)
         if is_native and call.original.form_model:
@@ -6921,7 +6912,7 @@ class OpenAIController(Controller):
         call.attempt.ignored_params = dropped
         return request_json(body, len(call.original.raw_body)), "application/json"
 
-    def _translated(self, call: Call) -> Dict[str, Any]:
+    def _translated(self, call: Call) -> dict[str, Any]:
         """The body of a request in a format that the upstream does not offer, as a chat."""
         messages = place_system_messages(call.body["messages"], self.options.system_messages)
         options = {"stream_options": {"include_usage": True}} if call.stream else {}
@@ -6966,7 +6957,7 @@ class OpenAIController(Controller):
             return UnparsedBody()
         return BufferedBody(lambda data: [RawBytes(data)])
 
-    def _document(self, field: bytes, until_close: bool, model: str, data: bytes) -> List[Event]:
+    def _document(self, field: bytes, until_close: bool, model: str, data: bytes) -> list[Event]:
         """Check and pass on a complete JSON body; APIError if it is an error or no answer.
 
         Each answer has the ``field``. The body is parsed only if it may be an error, or if it ends
@@ -6990,7 +6981,7 @@ class OpenAIController(Controller):
             data = redact_bytes(data, self.secrets)
         return [RawBytes(ModelName(model)(data), chat_usage(last_usage(text)))]
 
-    def _completion(self, data: bytes) -> List[Event]:
+    def _completion(self, data: bytes) -> list[Event]:
         """Return the events of a chat completion that is not streamed."""
         body = json_or_none(data)
         if is_error(body):
@@ -7002,7 +6993,7 @@ class OpenAIController(Controller):
         body, headers = data if body is None else body, response.headers
         raise error_from_body(self.name, response.status, body, self.secrets, headers, models)
 
-    def _fetch_models(self) -> Tuple[List[Dict[str, Any]], float]:
+    def _fetch_models(self) -> tuple[list[dict[str, Any]], float]:
         response, body = self.transport.get_json("/models")
         if response.status != 200:
             raise error_from_body(self.name, response.status, body, self.secrets, response.headers)
@@ -7024,7 +7015,7 @@ class EchoController(Controller):
 
     MAX_WORDS = 10_000  # sent one by one; the last piece holds the remaining text
 
-    def check_support(self, call: Call) -> Optional[APIError]:
+    def check_support(self, call: Call) -> APIError | None:
         if call.relay_only or call.image_count or call.translation_error:
             message = f"{self.name} supports chat completions only."
             return call.translation_error or APIError(404, message, code="not_found")
@@ -7040,11 +7031,11 @@ class EchoController(Controller):
         usage = {"prompt_tokens": count, "completion_tokens": count, "total_tokens": 2 * count}
         yield Finish("stop", usage)
 
-    def models(self) -> List[Dict[str, Any]]:
+    def models(self) -> list[dict[str, Any]]:
         return [{"id": "echo", "object": "model", "created": 0, "owned_by": self.name}]
 
 
-CONTROLLERS: Dict[str, Callable[[ControllerSettings, Settings], Controller]] = {
+CONTROLLERS: dict[str, Callable[[ControllerSettings, Settings], Controller]] = {
     "openai": OpenAIController,
     "akash": AkashController,
     "echo": EchoController,
@@ -7061,7 +7052,7 @@ class FailurePolicy(NamedTuple):
     """Consequences of an error category for the request and for its controller."""
 
     fail_over: bool  # whether another controller may serve the request
-    cool_down_after: Optional[int] = None  # consecutive failures; None: never, and not counted
+    cool_down_after: int | None = None  # consecutive failures; None: never, and not counted
     summary: str = ""  # in /status; upstreams' messages may quote other clients' requests
 
 
@@ -7096,9 +7087,7 @@ class CoolDown:
     recheck_at = math.inf
     asks_upstream = True  # it may report when the limit is over
 
-    def record_failure(
-        self, now: float, started: float, after: int, seconds: Optional[float]
-    ) -> None:
+    def record_failure(self, now: float, started: float, after: int, seconds: float | None) -> None:
         """Count a failure; at ``after`` failures cool down for ``seconds`` or back off."""
         if started >= self.failed_at:
             self.failed_at = now
@@ -7110,7 +7099,7 @@ class CoolDown:
 
 
 # Models to offer, all names in a list (those known before if reading failed), and the error.
-ModelList = Tuple[List[Dict[str, Any]], Optional[frozenset[str]], Optional[APIError]]
+ModelList = tuple[list[dict[str, Any]], Optional[frozenset[str]], Optional[APIError]]
 
 
 class Upstream:
@@ -7139,30 +7128,30 @@ class Upstream:
                  "served_at", "last_error", "last_error_at")
     # fmt: on
 
-    def __init__(self, controller: Controller, previous: Optional["Upstream"] = None) -> None:
+    def __init__(self, controller: Controller, previous: Upstream | None = None) -> None:
         self.controller, self.options, self.name = controller, controller.options, controller.name
         adapts = self.options.tools in ("prompt", "refuse")
         self.adapted = ToolAdapter(controller) if adapts else controller
         self.current_weight = 0.0  # of smooth weighted round robin
         self.in_flight = self.served = self.failed = self.cooldown_count = 0
-        self.outcomes: Dict[str, int] = defaultdict(int)  # attempts by "success" or a category
-        self.cooldowns: Dict[Tuple[Category, str], CoolDown] = {}  # by (category, model)
+        self.outcomes: dict[str, int] = defaultdict(int)  # attempts by "success" or a category
+        self.cooldowns: dict[tuple[Category, str], CoolDown] = {}  # by (category, model)
         self.served_at = -math.inf  # the last success
         self.last_error, self.last_error_at = "", 0.0  # the latter by time.time()
-        self.logged_exceptions: Set[Tuple[Any, ...]] = set()  # (type, file, line) with a traceback
-        self.known_models: Optional[frozenset[str]] = None  # its model list; None: not read yet
+        self.logged_exceptions: set[tuple[Any, ...]] = set()  # (type, file, line) with a traceback
+        self.known_models: frozenset[str] | None = None  # its model list; None: not read yet
         if previous and previous.account() == self.account():
             for name in self.INHERITED:
                 setattr(self, name, getattr(previous, name))
             controller.take_over(previous.controller)
 
-    def account(self) -> Tuple[Any, ...]:
+    def account(self) -> tuple[Any, ...]:
         """Settings of its address and account; a change of one voids state and cool-downs."""
         options, settings = self.options, self.controller.settings
         upstream = options.type, options.base_url, options.api_key, options.cookie, options.headers
         return (*upstream, options.proxy, settings.user_agent, settings.ca_file)
 
-    def serves(self, model: str) -> Optional[bool]:
+    def serves(self, model: str) -> bool | None:
         """Whether it offers the model: True, False, or None if unknown (worth a try)."""
         if model in self.options.model_map or not model:
             return True
@@ -7174,7 +7163,7 @@ class Upstream:
         return not self.options.max_concurrency or self.in_flight < self.options.max_concurrency
 
     def record_result(
-        self, error: Optional[APIError], now: float, started: float, model: str = ""
+        self, error: APIError | None, now: float, started: float, model: str = ""
     ) -> None:
         """Record the success (None) or failure of an attempt that started at ``started``."""
         self.outcomes["success" if error is None else error.category.value] += 1
@@ -7214,8 +7203,8 @@ class Upstream:
         return self.cooldowns[key]
 
     def _applicable(
-        self, model: str, ignored: Tuple[Category, ...] = ()
-    ) -> Dict[Tuple[Category, str], CoolDown]:
+        self, model: str, ignored: tuple[Category, ...] = ()
+    ) -> dict[tuple[Category, str], CoolDown]:
         """The cool-downs that apply to a model, except for the ignored categories."""
         if not self.cooldowns:
             return {}
@@ -7223,12 +7212,12 @@ class Upstream:
         items = self.cooldowns.items()
         return {key: each for key, each in items if key[1] in scopes and key[0] not in ignored}
 
-    def available_at(self, model: str = "", ignored: Tuple[Category, ...] = ()) -> float:
+    def available_at(self, model: str = "", ignored: tuple[Category, ...] = ()) -> float:
         """End of the cool-downs for a model ("": for all), by the pool's clock; 0 if none."""
         applicable = self._applicable(model, ignored).values()
         return max((cooldown.until for cooldown in applicable), default=0.0)
 
-    def recheck(self, model: str, ignored: Tuple[Category, ...], now: float) -> bool:
+    def recheck(self, model: str, ignored: tuple[Category, ...], now: float) -> bool:
         """Whether to probe it despite a cool-down; True at most once in RECHECK seconds."""
         applicable = self._applicable(model, ignored).values()
         pending = [cooldown for cooldown in applicable if cooldown.until > now]
@@ -7238,7 +7227,7 @@ class Upstream:
             cooldown.recheck_at = now + RECHECK
         return True
 
-    def due_limit(self, now: float) -> Optional[CoolDown]:
+    def due_limit(self, now: float) -> CoolDown | None:
         """The rate limit to ask about now; at most once in RECHECK seconds."""
         limit = self.cooldowns.get((Category.RATE_LIMIT, ""))
         if limit and limit.asks_upstream and limit.until > now >= limit.recheck_at:
@@ -7246,7 +7235,7 @@ class Upstream:
             return limit
         return None
 
-    def metrics(self, now: float) -> Dict[Tuple[str, ...], float]:
+    def metrics(self, now: float) -> dict[tuple[str, ...], float]:
         """Return its metrics, {(name, label, ...): number} without its own label."""
         rest = self.available_at() - now
         outcomes = self.outcomes.copy()
@@ -7277,7 +7266,7 @@ class Upstream:
 
     def list_models(self) -> ModelList:
         """Read its model list. Models that the configuration names are always included."""
-        by_name: Dict[str, Dict[str, Any]] = {}
+        by_name: dict[str, dict[str, Any]] = {}
         names, error = self.known_models, None
         try:
             by_name = {model["id"]: model for model in self.controller.models()}
@@ -7298,7 +7287,7 @@ class Upstream:
 _WILDCARD = re.compile(r"[*?\[]")
 
 
-def model_allowed(patterns: Tuple[str, ...], model: str) -> bool:
+def model_allowed(patterns: tuple[str, ...], model: str) -> bool:
     """Whether a model matches one of the patterns; no patterns allow all.
 
     An empty name matches none, as the upstream could use any model.
@@ -7316,16 +7305,16 @@ class Waiter:
     is counted as in flight.
     """
 
-    def __init__(self, exchange: "Exchange", upstreams: List[Upstream], deadline: float) -> None:
+    def __init__(self, exchange: Exchange, upstreams: list[Upstream], deadline: float) -> None:
         self.exchange, self.deadline = exchange, deadline
         self.known = [up for up in upstreams if up not in exchange.unsupported]
         self.candidates = [up for up in self.known if up not in exchange.tried]
         is_only = len(self.known) == 1 and not exchange.other_models
         self.ignored = BACKOFF_CATEGORIES if is_only else ()
-        self.upstream: Optional[Upstream] = None
-        self.key: Tuple[Any, ...] = ()  # calls with the same key become ready at the same time
+        self.upstream: Upstream | None = None
+        self.key: tuple[Any, ...] = ()  # calls with the same key become ready at the same time
 
-    def available_at(self, upstreams: List[Upstream], now: float) -> float:
+    def available_at(self, upstreams: list[Upstream], now: float) -> float:
         """The time from ``now`` on when the first of the upstreams' cool-downs ends."""
         model = self.exchange.call.model
         ends = (upstream.available_at(model, self.ignored) for upstream in upstreams)
@@ -7367,7 +7356,7 @@ class Waiter:
             self.exchange.pool.queue.resume(self)
 
 
-def most_informative(errors: List[APIError]) -> APIError:
+def most_informative(errors: list[APIError]) -> APIError:
     """The first error of the last category."""
     return max(errors, key=lambda error: list(Category).index(error.category))
 
@@ -7380,7 +7369,7 @@ class CallQueue:
     """
 
     def __init__(self) -> None:
-        self.lines: Dict[Tuple[Any, ...], OrderedDict[Waiter, None]] = {}
+        self.lines: dict[tuple[Any, ...], OrderedDict[Waiter, None]] = {}
 
     def add(self, waiter: Waiter) -> None:
         of_models = any(model for up in waiter.candidates for _, model in up.cooldowns)
@@ -7398,7 +7387,7 @@ class CallQueue:
             del self.lines[waiter.key]
         return True
 
-    def resume(self, waiter: Waiter, upstream: Optional[Upstream] = None) -> None:
+    def resume(self, waiter: Waiter, upstream: Upstream | None = None) -> None:
         """Remove a call from the queue and resume it; no-op if it was removed before."""
         if self.remove(waiter):
             waiter.upstream = upstream
@@ -7411,7 +7400,7 @@ class CallQueue:
         return sum(map(len, list(self.lines.values())))
 
 
-def make_upstreams(settings: Settings, previous: Optional["Pool"]) -> List[Upstream]:
+def make_upstreams(settings: Settings, previous: Pool | None) -> list[Upstream]:
     """An upstream for each controller; those whose settings are unchanged are reused."""
     known = {upstream.name: upstream for upstream in previous.upstreams} if previous else {}
     reusable = previous is not None and previous.settings == dataclasses.replace(
@@ -7434,7 +7423,7 @@ def enforce_deadlines() -> None:
         CancelScope.cancel_overdue(time.monotonic())
 
 
-def ask_upstream(upstream: Upstream) -> Tuple[bool, str]:
+def ask_upstream(upstream: Upstream) -> tuple[bool, str]:
     """Ask for models and login: whether both are right, and a sentence on the state."""
     started_at = time.monotonic()
     _, names, error = upstream.list_models()
@@ -7459,9 +7448,9 @@ def without_name(message: str, name: str) -> str:
     return message.removeprefix(f"{name}: ").removeprefix(f"{name} ")
 
 
-def read_model_lists(upstreams: List[Upstream]) -> Dict[Upstream, ModelList]:
+def read_model_lists(upstreams: list[Upstream]) -> dict[Upstream, ModelList]:
     """Results of the upstreams' list_models(), called concurrently."""
-    lists: Dict[Upstream, ModelList] = {}
+    lists: dict[Upstream, ModelList] = {}
 
     def read(upstream: Upstream) -> None:
         lists[upstream] = upstream.list_models()
@@ -7485,13 +7474,13 @@ class Pool:
     def __init__(
         self,
         settings: Settings,
-        previous: Optional["Pool"] = None,
+        previous: Pool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings, self.clock = settings, clock
         self.lock: threading.Lock = previous.lock if previous else threading.Lock()
         self.queue: CallQueue = previous.queue if previous else CallQueue()
-        self.upstreams: List[Upstream] = make_upstreams(settings, previous)
+        self.upstreams: list[Upstream] = make_upstreams(settings, previous)
         self.enabled = [upstream for upstream in self.upstreams if upstream.options.weight > 0]
         choices = {"random": weighted_random, "least_busy": least_connections}
         self.choose = choices.get(settings.pool_type, weighted_round_robin)
@@ -7504,7 +7493,7 @@ class Pool:
 
     # -- the upstream of an attempt
 
-    def resolve_alias(self, model: str) -> List[str]:
+    def resolve_alias(self, model: str) -> list[str]:
         """The models that a name stands for, to be tried in order; mostly itself.
 
         Names with "--" stand for the one with "/", if only that one exists.
@@ -7524,7 +7513,7 @@ class Pool:
                 self.models()
         return self.model_names
 
-    def unknown_model(self, call: Call, error: Optional[APIError] = None) -> APIError:
+    def unknown_model(self, call: Call, error: APIError | None = None) -> APIError:
         """Add to an error the models that the client could have meant and its key may use.
 
         By default to the error of a model that its key may not use, without asking an upstream.
@@ -7549,7 +7538,7 @@ class Pool:
             error.message += f" Did you mean {near}?" if near else ""
         return error
 
-    def acquire(self, exchange: "Exchange") -> Upstream:
+    def acquire(self, exchange: Exchange) -> Upstream:
         """Choose the upstream for the next attempt, and count the attempt as in flight.
 
         Raises APIError if no upstream is left, or Queued if the call has to wait: call again after
@@ -7574,8 +7563,8 @@ class Pool:
             return upstream
 
     def _pick(
-        self, waiter: Waiter, now: float, also_ignored: Tuple[Category, ...] = ()
-    ) -> Optional[Upstream]:
+        self, waiter: Waiter, now: float, also_ignored: tuple[Category, ...] = ()
+    ) -> Upstream | None:
         """The upstream to use now: an available one, else one that is due for a recheck."""
         call, ignored = waiter.exchange.call, waiter.ignored + also_ignored
         free = [up for up in waiter.candidates if up.has_capacity()]
@@ -7648,7 +7637,7 @@ class Pool:
     def release(
         self,
         upstream: Upstream,
-        error: Optional[APIError],
+        error: APIError | None,
         committed: bool,
         started: float,
         model: str = "",
@@ -7662,12 +7651,12 @@ class Pool:
             if self.queue.lines:
                 self._resume_ready(now)
 
-    def _candidates(self, model: str) -> List[Upstream]:
+    def _candidates(self, model: str) -> list[Upstream]:
         """Upstreams that are known to offer a model, else those that may."""
         sure = [upstream for upstream in self.enabled if upstream.serves(model)]
         return sure or [upstream for upstream in self.enabled if upstream.serves(model) is None]
 
-    def support_error(self, upstream: Upstream, call: Call) -> Optional[APIError]:
+    def support_error(self, upstream: Upstream, call: Call) -> APIError | None:
         """The reason why a controller doesn't support a call; None if it does."""
         try:
             error = upstream.adapted.check_support(call)
@@ -7689,16 +7678,16 @@ class Pool:
             self.refresh_at = now + Cache.RETRY  # in case that it fails
             start_thread(self.read_names, "akashproxy models")
 
-    def models(self) -> List[Dict[str, Any]]:
+    def models(self) -> list[dict[str, Any]]:
         """The union of all model lists, each model once. Raises APIError if it is empty.
 
         While a caller reads them, others get the last union, or wait for the first one.
         """
         return self.model_lists.get()
 
-    def _read_models(self) -> Tuple[List[Dict[str, Any]], float]:
+    def _read_models(self) -> tuple[list[dict[str, Any]], float]:
         lists = read_model_lists(self.enabled)
-        union: Dict[str, Dict[str, Any]] = {}
+        union: dict[str, dict[str, Any]] = {}
         with self.lock:  # all at once, or the first list would attract all requests meanwhile
             for upstream in self.enabled:
                 models, upstream.known_models, _ = lists.get(upstream, ([], None, None))
@@ -7737,7 +7726,7 @@ class Pool:
             for upstream in self.upstreams
         )
 
-    def status(self) -> List[Dict[str, Any]]:
+    def status(self) -> list[dict[str, Any]]:
         """The controllers in /status."""
         with self.lock:
             now = self.clock()
@@ -7801,7 +7790,7 @@ class Pool:
 # -- the choice within a tier. The caller holds the pool's lock.
 
 
-def weighted_round_robin(ready: List[Upstream]) -> Upstream:
+def weighted_round_robin(ready: list[Upstream]) -> Upstream:
     """Smooth weighted round robin, as in nginx: 5:1:1 gives a a b a c a a."""
     for upstream in ready:
         upstream.current_weight += upstream.options.weight
@@ -7810,12 +7799,12 @@ def weighted_round_robin(ready: List[Upstream]) -> Upstream:
     return best
 
 
-def weighted_random(ready: List[Upstream]) -> Upstream:
+def weighted_random(ready: list[Upstream]) -> Upstream:
     """A random choice by weight."""
     return random.choices(ready, [upstream.options.weight for upstream in ready])[0]
 
 
-def least_connections(ready: List[Upstream]) -> Upstream:
+def least_connections(ready: list[Upstream]) -> Upstream:
     """The least in-flight requests per weight; round robin among equals."""
     loads = [upstream.in_flight / upstream.options.weight for upstream in ready]
     lowest = min(loads)
@@ -7848,7 +7837,7 @@ def conversation_of(call: Call) -> str:
     return _sha256("\0".join(ends))
 
 
-def rendezvous(ready: List[Upstream], conversation: str) -> Upstream:
+def rendezvous(ready: list[Upstream], conversation: str) -> Upstream:
     """Weighted rendezvous hashing: only an upstream's own conversations leave it."""
 
     def score(upstream: Upstream) -> float:
@@ -7867,7 +7856,7 @@ class Exchange:
     then attempt() again. Call close() in any case. Any thread, one at a time.
     """
 
-    waiter: Optional[Waiter] = None  # its entry in the pool's queue
+    waiter: Waiter | None = None  # its entry in the pool's queue
     upstream: Any = None
     response: Any = None
     conversation = ""  # a hash, if requests of one go to the same upstream
@@ -7878,15 +7867,15 @@ class Exchange:
     def __init__(self, pool: Pool, call: Call) -> None:
         self.pool, self.call, self.cancellation = pool, call, call.cancellation
         self.resume: Callable[[], Any] = bool  # resumes the call after Queued; any thread
-        self.other_models: List[str] = []  # of an alias, to be tried when none serves this one
+        self.other_models: list[str] = []  # of an alias, to be tried when none serves this one
         # Of the current model.
-        self.tried: List[Upstream] = []
-        self.unsupported: List[Upstream] = []
-        self.errors: List[APIError] = []
-        self.model_errors: List[APIError] = []  # one of each model that no upstream served
-        self.route: List[str] = []  # the attempts, such as "akash=429"
+        self.tried: list[Upstream] = []
+        self.unsupported: list[Upstream] = []
+        self.errors: list[APIError] = []
+        self.model_errors: list[APIError] = []  # one of each model that no upstream served
+        self.route: list[str] = []  # the attempts, such as "akash=429"
 
-    def set_waiter(self, waiter: Optional[Waiter]) -> None:
+    def set_waiter(self, waiter: Waiter | None) -> None:
         """Set the entry in the queue; cancelling resumes it."""
         self.waiter = self.cancellation.wakeup = waiter
 
@@ -8005,7 +7994,7 @@ class Exchange:
             except Exception as error:
                 self.upstream.log_exception(error)
 
-    def _end_attempt(self, error: Optional[APIError]) -> None:
+    def _end_attempt(self, error: APIError | None) -> None:
         """Release the upstream, with the error that ended the attempt, if any."""
         self._close_response()
         upstream, self.upstream = self.upstream, None
@@ -8014,7 +8003,7 @@ class Exchange:
                 upstream.log_exception(error)
             self.pool.release(upstream, error, self.committed, self.started, self.call.model)
 
-    def close(self, error: Optional[APIError] = None) -> None:
+    def close(self, error: APIError | None = None) -> None:
         """End the call, with the error that ended its last attempt, if any. Idempotent."""
         self._end_attempt(error)
         if self.waiter is not None:
@@ -8037,8 +8026,8 @@ class Dialect:
     """
 
     # Methods of the subclasses
-    parse: Callable[[Dict[str, Any]], Call]  # a request's body; raises APIError 400
-    response_body: Callable[[Answer], Dict[str, Any]]  # whose events have been counted
+    parse: Callable[[dict[str, Any]], Call]  # a request's body; raises APIError 400
+    response_body: Callable[[Answer], dict[str, Any]]  # whose events have been counted
 
     PREFIX = "chatcmpl-"
     LARGE_BODY = 64 << 10  # bytes
@@ -8046,10 +8035,10 @@ class Dialect:
     PROMPT = ("system", "instructions", "messages", "input", "prompt", "tools", "functions")
     text_frame: Any = None  # text_frame(JSON of a string) -> its frame, if the dialect has that
     keeps_text = False  # of a stream: an endless one must be cut before it fills the memory
-    prompt_estimate: Optional[int] = None  # tokens of the request
+    prompt_estimate: int | None = None  # tokens of the request
     output_units = 0  # token_units() of the events so far
     extra_values = 0  # JSON values in the IDs of the request's tool calls
-    usage: Optional[Dict[str, Any]] = None  # of the answer, when it is complete
+    usage: dict[str, Any] | None = None  # of the answer, when it is complete
 
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         if not isinstance(body, dict):
@@ -8066,7 +8055,7 @@ class Dialect:
         if len(self.call.original.raw_body) > self.LARGE_BODY:
             self.estimate_prompt()
 
-    def own_id(self, value: Any) -> Tuple[Optional[str], Dict[str, Any]]:
+    def own_id(self, value: Any) -> tuple[str | None, dict[str, Any]]:
         """A past tool call's ID and what it contained. APIError if IDs contain too much."""
         call_id, extra = sent_id(value)
         self.extra_values += count_values(extra)
@@ -8101,7 +8090,7 @@ class Dialect:
         """Frames before the first event."""
         return b""
 
-    def encode(self, events: List[Event]) -> bytes:
+    def encode(self, events: list[Event]) -> bytes:
         """Frames of a batch of events; those of Finish end the stream."""
         if len(events) == 1 and type(events[0]) is RawBytes:  # fast path of relayed streams
             self.usage = events[0].usage or self.usage
@@ -8132,12 +8121,12 @@ class Dialect:
         """A keep-alive frame: a comment, or an event for clients that reject comments."""
         return b": ping\n\n" if style == "comment" else b""
 
-    def local_response(self) -> Optional[Dict[str, Any]]:
+    def local_response(self) -> dict[str, Any] | None:
         """The body of a response that needs no controller; None if it needs one."""
         return None
 
     @staticmethod
-    def error_body(error: APIError) -> Dict[str, Any]:
+    def error_body(error: APIError) -> dict[str, Any]:
         """The body of an error response: OpenAI's fields, and those of akashchat-api-go."""
         fields = {name: getattr(error, name) for name in ("message", "type", "param", "code")}
         return {"error": fields, "code": error.status, "data": {"msg": error.legacy_message}}
@@ -8148,12 +8137,12 @@ class Dialect:
         return error.status
 
     @staticmethod
-    def model_object(model: Dict[str, Any]) -> Dict[str, Any]:
+    def model_object(model: dict[str, Any]) -> dict[str, Any]:
         """A model's description, from OpenAI's object."""
         return model
 
     @staticmethod
-    def model_list(models: List[Dict[str, Any]]) -> Dict[str, Any]:
+    def model_list(models: list[dict[str, Any]]) -> dict[str, Any]:
         """The list of models, from OpenAI's objects."""
         return {"object": "list", "data": models}
 
@@ -8169,7 +8158,7 @@ class Dialect:
         return f"{self.base_url()}/images/{image.name}" if image.name else image.url
 
 
-def required_field(body: Dict[str, Any], name: str, expected: Any, description: str) -> Any:
+def required_field(body: dict[str, Any], name: str, expected: Any, description: str) -> Any:
     """A field's value. Raises APIError 400 if it is missing, empty or of another type."""
     value = body.get(name)
     if value is None:
@@ -8181,7 +8170,7 @@ def required_field(body: Dict[str, Any], name: str, expected: Any, description: 
     return value
 
 
-def boolean_field(body: Dict[str, Any], name: str) -> bool:
+def boolean_field(body: dict[str, Any], name: str) -> bool:
     """A Boolean field's value, False if missing. Raises APIError 400 for other types."""
     value = body.get(name)
     if value is not None and not isinstance(value, bool):
@@ -8195,9 +8184,9 @@ class ChatCompletions(Dialect):
     OBJECT, CHUNK = "chat.completion", "chat.completion.chunk"
     LAST_CHOICE = b'{"index":0,"delta":{}'  # of the last chunk, up to its finish_reason
     # Fields that events have no place for, and the value that changes nothing.
-    RELAYED_ONLY: Dict[str, Any] = {"n": 1, "logprobs": False, "top_logprobs": 0}
+    RELAYED_ONLY: dict[str, Any] = {"n": 1, "logprobs": False, "top_logprobs": 0}
 
-    def parse(self, body: Dict[str, Any]) -> Call:
+    def parse(self, body: dict[str, Any]) -> Call:
         required_field(body, "model", str, "the name of a model")
         for i, message in enumerate(required_field(body, "messages", list, "a list of messages")):
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
@@ -8214,7 +8203,7 @@ class ChatCompletions(Dialect):
         call.untranslated = [name for name, value in neutral if body.get(name) not in (None, value)]
         return call
 
-    def restore_ids(self, message: Dict[str, Any]) -> None:
+    def restore_ids(self, message: dict[str, Any]) -> None:
         """Put back what its IDs of tool calls contain, which are those of BlockDialect."""
         if EXTRA in as_str(message.get("tool_call_id")):
             message["tool_call_id"], _ = sent_id(message["tool_call_id"])
@@ -8235,12 +8224,12 @@ class ChatCompletions(Dialect):
         self.tail = self.chunk_tail(None)
         return self.frame({"role": "assistant", "content": ""})
 
-    def chunk_tail(self, reason: Optional[str]) -> bytes:
+    def chunk_tail(self, reason: str | None) -> bytes:
         """The end of a chunk, from its finish_reason on."""
         end = b'}],"usage":null}\n\n' if self.include_usage else b"}]}\n\n"
         return b',"finish_reason":' + to_json(reason) + end
 
-    def frame(self, delta: Dict[str, Any]) -> bytes:
+    def frame(self, delta: dict[str, Any]) -> bytes:
         return self.head + b'{"index":0,"delta":' + to_json(delta) + self.tail
 
     def text_frame(self, text: bytes) -> bytes:
@@ -8267,10 +8256,10 @@ class ChatCompletions(Dialect):
             last += self.head + b'],"usage":' + to_json(finish.usage) + b"}\n\n"
         return last + b"data: [DONE]\n\n"
 
-    def response_body(self, answer: Answer) -> Dict[str, Any]:
+    def response_body(self, answer: Answer) -> dict[str, Any]:
         text, declined = self.text(answer), answer.refusal_text or None
         content = text or None if answer.tools or declined else text
-        message: Dict[str, Any] = {"role": "assistant", "content": content, "refusal": declined}
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": declined}
         if answer.reasoning:
             message["reasoning_content"] = answer.reasoning
         if answer.citations:
@@ -8284,13 +8273,13 @@ class ChatCompletions(Dialect):
             body.update(code=200, data={"model": self.model, **fields})
         return body
 
-    def body(self, choice: Dict[str, Any], answer: Answer) -> Dict[str, Any]:
+    def body(self, choice: dict[str, Any], answer: Answer) -> dict[str, Any]:
         head = {"id": self.id, "object": self.OBJECT, "created": self.created, "model": self.model}
         choices = [{**choice, "finish_reason": answer.finish.reason}]
         return {**head, "choices": choices, "usage": answer.finish.usage}
 
 
-def tool_call(event: ToolCall) -> Dict[str, Any]:
+def tool_call(event: ToolCall) -> dict[str, Any]:
     """A tool call, or a fragment of one, in OpenAI's format."""
     if event.name is None:
         return {"function": {"arguments": event.arguments}}
@@ -8306,7 +8295,7 @@ class Completions(ChatCompletions):
     LAST_CHOICE = b'{"text":"","index":0,"logprobs":null'
     RELAYED_ONLY = {"n": 1, "best_of": 1, "logprobs": None, "suffix": "", "echo": False}
 
-    def parse(self, body: Dict[str, Any]) -> Call:
+    def parse(self, body: dict[str, Any]) -> Call:
         prompt = body.get("prompt")
         if isinstance(prompt, list) and len(prompt) == 1:
             prompt = prompt[0]
@@ -8318,14 +8307,14 @@ class Completions(ChatCompletions):
             call.translation_error = bad_request("'prompt' must be a single string.", "prompt")
         return call
 
-    def frame(self, delta: Dict[str, Any]) -> bytes:
+    def frame(self, delta: dict[str, Any]) -> bytes:
         text = delta.get("content") or delta.get("refusal")  # there are no other fields
         return self.text_frame(to_json(text)) if text else b""
 
     def text_frame(self, text: bytes) -> bytes:
         return b'%b{"text":%b,"index":0,"logprobs":null%b' % (self.head, text, self.tail)
 
-    def response_body(self, answer: Answer) -> Dict[str, Any]:
+    def response_body(self, answer: Answer) -> dict[str, Any]:
         text = self.text(answer) or answer.refusal_text
         return self.body({"text": text, "index": 0, "logprobs": None}, answer)
 
@@ -8333,7 +8322,7 @@ class Completions(ChatCompletions):
 class Images(Dialect):
     """POST /v1/images/generations."""
 
-    def parse(self, body: Dict[str, Any]) -> Call:
+    def parse(self, body: dict[str, Any]) -> Call:
         prompt = required_field(body, "prompt", str, "a string")
         count = number_field(body, "n", 1, integer=True, minimum=1)
         if body.get("model") is not None:
@@ -8357,17 +8346,17 @@ class Images(Dialect):
             translation_error=error,
         )
 
-    def response_body(self, answer: Answer) -> Dict[str, Any]:
+    def response_body(self, answer: Answer) -> dict[str, Any]:
         data = [{**self.source(each), "revised_prompt": each.prompt} for each in answer.images]
         return {"created": self.created, "data": data}
 
-    def source(self, image: Image) -> Dict[str, Any]:
+    def source(self, image: Image) -> dict[str, Any]:
         if image.data is None:
             return {"url": self.link(image)}
         return {"b64_json": base64.b64encode(image.data).decode()}
 
 
-ChatParts = List[Dict[str, Any]]  # the content of a chat's message
+ChatParts = list[dict[str, Any]]  # the content of a chat's message
 # Blocks of text: their types, and the field with the text. "encrypted_content" stands in Codex's
 # messages between agents; it is encrypted only if it begins with ENCRYPTED_PREFIX.
 TEXT_FIELDS = {
@@ -8381,20 +8370,20 @@ DATA_IMAGE = re.compile(r"!\[\]\(data:image/[\w+.-]+;base64,[\w+/=-]*\)")  # as 
 class BlockRequest(Dialect):
     """The request's half of Messages and Responses: a chat, from messages of blocks."""
 
-    RENAMED_PARAMS: Dict[str, str] = {}  # fields with an equivalent in a chat, and its name
-    KNOWN_PARAMS: Tuple[str, ...] = ()  # fields that to_chat() handles; others are ignored
-    FUNCTION_TYPES: Tuple[Any, ...] = ()  # types of tools that are functions
+    RENAMED_PARAMS: dict[str, str] = {}  # fields with an equivalent in a chat, and its name
+    KNOWN_PARAMS: tuple[str, ...] = ()  # fields that to_chat() handles; others are ignored
+    FUNCTION_TYPES: tuple[Any, ...] = ()  # types of tools that are functions
     SCHEMA_KEY = ""  # their field with the JSON schema of the parameters
-    to_chat: Callable[[Dict[str, Any]], Dict[str, Any]]  # converts all but RENAMED_PARAMS
+    to_chat: Callable[[dict[str, Any]], dict[str, Any]]  # converts all but RENAMED_PARAMS
 
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
-        self.untranslated: List[str] = []  # names of ignored fields, for a response header
-        self.tool_names: Dict[str, Tuple[str, Optional[str]]] = {}  # sent: (name, namespace)
-        self.messages: List[Dict[str, Any]] = []  # for finish_message()
+        self.untranslated: list[str] = []  # names of ignored fields, for a response header
+        self.tool_names: dict[str, tuple[str, str | None]] = {}  # sent: (name, namespace)
+        self.messages: list[dict[str, Any]] = []  # for finish_message()
         self.has_begun = False  # there are further messages of the user or the assistant
         super().__init__(body, base_url)
 
-    def parse(self, body: Dict[str, Any]) -> Call:
+    def parse(self, body: dict[str, Any]) -> Call:
         model = required_field(body, "model", str, "the name of a model")
         call = Call({"model": model}, stream=boolean_field(body, "stream"))
         known = (*self.RENAMED_PARAMS, *self.KNOWN_PARAMS)
@@ -8414,7 +8403,7 @@ class BlockRequest(Dialect):
         call.untranslated = self.untranslated
         return call
 
-    def convert_messages(self, messages: List[Tuple[str, Any, Any]]) -> None:
+    def convert_messages(self, messages: list[tuple[str, Any, Any]]) -> None:
         """Append messages, each with its key path, role and content. Raises APIError 400."""
         own = sum(role not in ("system", "developer") for _, role, _ in messages)
         self.has_begun = own > 1
@@ -8428,8 +8417,8 @@ class BlockRequest(Dialect):
     def convert_message(self, param: str, role: str, content: Any) -> None:
         """Append a message after the tool results in it."""
         parts: ChatParts = []
-        calls: List[Dict[str, Any]] = []
-        reasoning: List[str] = []
+        calls: list[dict[str, Any]] = []
+        reasoning: list[str] = []
         for i, block in enumerate(content if isinstance(content, list) else [content]):
             fields = as_dict(block)
             block_type = fields.get("type")
@@ -8457,7 +8446,7 @@ class BlockRequest(Dialect):
         parts = [part for part in parts if part["type"] != "text" or part["text"]]
         if not (parts or calls or reasoning):
             return
-        last: Dict[str, Any] = self.messages[-1] if self.messages else {"role": ""}
+        last: dict[str, Any] = self.messages[-1] if self.messages else {"role": ""}
         is_continued = calls or last.get("calls") or not last.get("content")
         if role != "assistant" or last["role"] != role or not is_continued:
             last = {"role": role, "content": [], "calls": [], "reasoning": []}
@@ -8465,7 +8454,7 @@ class BlockRequest(Dialect):
         for name, values in (("content", parts), ("calls", calls), ("reasoning", reasoning)):
             last[name].extend(values)
 
-    def append_tool_result(self, block: Dict[str, Any]) -> ChatParts:
+    def append_tool_result(self, block: dict[str, Any]) -> ChatParts:
         """Append a tool's result as text; returns its images, for a message of the user."""
         result = (block[name] for name in ("content", "output", "tools") if name in block)
         parts = self.convert_content(next(result, None))
@@ -8477,7 +8466,7 @@ class BlockRequest(Dialect):
         self.messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
         return [part for part in parts if part["type"] != "text"]
 
-    def history_call(self, block: Dict[str, Any]) -> Dict[str, Any]:
+    def history_call(self, block: dict[str, Any]) -> dict[str, Any]:
         """A past tool call in OpenAI's format. APIError if IDs contain too much."""
         call_id, extra = self.own_id(block.get("call_id", block.get("id")))
         given = (block[name] for name in CALL_ARGUMENTS if name in block)
@@ -8538,7 +8527,7 @@ class BlockRequest(Dialect):
         raise bad_request(f"{param}: {words}", param)
 
     @staticmethod
-    def response_format(format_spec: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+    def response_format(format_spec: dict[str, Any]) -> dict[str, Any] | None:
         """Convert the format of an answer, as Responses names it."""
         schema = {name: value for name, value in format_spec.items() if value is not None}
         kind = schema.pop("type", "text")
@@ -8546,10 +8535,10 @@ class BlockRequest(Dialect):
         return None if kind == "text" else {"type": kind, **schema_field}
 
     def convert_tools(
-        self, tools: Any, param: str = "tools", space: Optional[str] = None
-    ) -> List[Dict[str, Any]]:
+        self, tools: Any, param: str = "tools", space: str | None = None
+    ) -> list[dict[str, Any]]:
         """Convert the tools that are functions, also those of a namespace."""
-        functions: List[Dict[str, Any]] = []
+        functions: list[dict[str, Any]] = []
         if tools is not None and not isinstance(tools, list):
             raise bad_request(f"{param!r} must be a list.", param)
         for i, tool in enumerate(map(as_dict, tools or [])):
@@ -8562,9 +8551,7 @@ class BlockRequest(Dialect):
                 self.untranslated.append(str(tool.get("type")))
         return functions
 
-    def convert_tool(
-        self, tool: Dict[str, Any], param: str, space: Optional[str]
-    ) -> Dict[str, Any]:
+    def convert_tool(self, tool: dict[str, Any], param: str, space: str | None) -> dict[str, Any]:
         """Convert a function. OpenAI wants the schema of an object with ``properties``."""
         name = required_field(tool, "name", str, f"a string in {param}")
         same = {key: tool[key] for key in ("description", "strict") if tool.get(key) is not None}
@@ -8583,7 +8570,7 @@ class BlockRequest(Dialect):
             self.tool_names[sent] = target
         return sent
 
-    def chosen_tool(self, choice: Dict[str, Any], functions: Any) -> Optional[Dict[str, Any]]:
+    def chosen_tool(self, choice: dict[str, Any], functions: Any) -> dict[str, Any] | None:
         """A ``tool_choice`` of one function; None if it is not among those that are sent."""
         sent = self.sent_name(choice.get("name"), choice.get("namespace"))
         if all(tool["function"]["name"] != sent for tool in functions):
@@ -8592,7 +8579,7 @@ class BlockRequest(Dialect):
         return {"type": "function", "function": {"name": sent}}
 
 
-def block_text(block: Dict[str, Any]) -> Optional[str]:
+def block_text(block: dict[str, Any]) -> str | None:
     """The text of a block of text; None for other blocks, and if it is encrypted."""
     text = block.get(TEXT_FIELDS.get(as_str(block.get("type")), ""))
     is_encrypted = str(block.get("encrypted_content")).startswith(ENCRYPTED_PREFIX)
@@ -8615,10 +8602,10 @@ class BlockDialect(BlockRequest):
         self.returns_reasoning = False  # the client sends back what it gets, with a signature
         self.kept_reasoning = ""  # the beginning of what it can't send back
         self.open_block: Any = None  # its block_key()
-        self.open_text: List[str] = []
+        self.open_text: list[str] = []
         self.block_index = 0  # of the open or next block
-        self.tool_blocks: Set[Any] = set()  # keys of all blocks that are tool calls
-        self.deferred: List[BlockEvent] = []
+        self.tool_blocks: set[Any] = set()  # keys of all blocks that are tool calls
+        self.deferred: list[BlockEvent] = []
         super().__init__(body, base_url)
 
     # Methods of the subclasses that return the frames
@@ -8673,7 +8660,7 @@ class BlockDialect(BlockRequest):
 
     def flush_deferred(self) -> bytes:
         """Frames of the deferred events, block by block."""
-        blocks: Dict[Any, List[BlockEvent]] = {}
+        blocks: dict[Any, list[BlockEvent]] = {}
         for event in self.deferred:
             blocks.setdefault(self.block_key(event), []).append(event)
         self.deferred = []
@@ -8688,9 +8675,9 @@ class BlockDialect(BlockRequest):
         self.open_block, self.open_text, self.block_index = None, [], self.block_index + 1
         return frames
 
-    def answer_blocks(self, answer: Answer) -> List[BlockEvent]:
+    def answer_blocks(self, answer: Answer) -> list[BlockEvent]:
         """An answer as a sequence of events, one per block."""
-        blocks: List[BlockEvent] = [Text(self.text(answer)), Refusal(answer.refusal_text)]
+        blocks: list[BlockEvent] = [Text(self.text(answer)), Refusal(answer.refusal_text)]
         self.keep_reasoning(answer.reasoning)
         if self.show_reasoning:
             blocks.insert(0, Reasoning(answer.reasoning))
@@ -8717,7 +8704,7 @@ class BlockDialect(BlockRequest):
             extra["reasoning_content"], self.kept_reasoning = self.kept_reasoning, ""
         return ToolCall(call.index, arguments, id_with_extra(call_id, extra), call.name or "")
 
-    def client_name(self, call: ToolCall) -> Tuple[str, Optional[str]]:
+    def client_name(self, call: ToolCall) -> tuple[str, str | None]:
         """The client's own name of a called function, and its namespace."""
         return self.tool_names.get(call.name or "", (call.name or "", None))
 
@@ -8732,7 +8719,7 @@ TOOL_LISTS = ("additional_tools", "tool_search_output")  # items
 CALL_ARGUMENTS = ("arguments", "input", "action", "operation")  # fields, by the type of call
 
 
-def is_call(block: Dict[str, Any]) -> bool:
+def is_call(block: dict[str, Any]) -> bool:
     """Whether a block or item is a tool call whose result the client sends.
 
     Responses has function_call, custom_tool_call, shell_call, computer_call and others.
@@ -8750,7 +8737,7 @@ CALL_ID = re.compile("[A-Za-z0-9_-]{1,%d}" % MAX_CALL_ID)  # with Anthropic's ch
 NO_RESULT = "[The tool call was interrupted and has no result.]"
 
 
-def pop_reasoning(calls: List[Dict[str, Any]]) -> Dict[str, Any]:
+def pop_reasoning(calls: list[dict[str, Any]]) -> dict[str, Any]:
     """Remove from calls what their IDs contained of their message; returns its fields."""
     texts = [as_str(call.pop("reasoning_content", None)) for call in calls]
     details = [each for call in calls for each in as_list(call.pop("reasoning_details", None))]
@@ -8758,16 +8745,16 @@ def pop_reasoning(calls: List[Dict[str, Any]]) -> Dict[str, Any]:
     return {name: value for name, value in fields.items() if value}
 
 
-def pair_tool_results(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+def pair_tool_results(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Put the results of tool calls right behind them, as OpenAI requires.
 
     A result belongs to the last call before it that has its ID, else to the first one after it;
     one without an ID to the first call without a result, of the last message with calls. A call
     without a result gets NO_RESULT. A result without a call becomes text of the user.
     """
-    paired: List[Dict[str, Any]] = []
-    results: Dict[Any, Dict[str, Any]] = {}  # by the ID of their call; their content is a list
-    open_results: Iterator[Dict[str, Any]] = iter(())  # of the last message with calls
+    paired: list[dict[str, Any]] = []
+    results: dict[Any, dict[str, Any]] = {}  # by the ID of their call; their content is a list
+    open_results: Iterator[dict[str, Any]] = iter(())  # of the last message with calls
     for message in messages:
         calls = message.get("calls", [])
         if message["role"] == "tool":
@@ -8793,7 +8780,7 @@ def pair_tool_results(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
     return paired
 
 
-def finish_message(message: Dict[str, Any]) -> Dict[str, Any]:
+def finish_message(message: dict[str, Any]) -> dict[str, Any]:
     """A message of append_message() or pair_tool_results() in OpenAI's format; or {}.
 
     Reasoning stays with tool calls, where models such as Kimi's and DeepSeek's require it. Their
@@ -8807,7 +8794,7 @@ def finish_message(message: Dict[str, Any]) -> Dict[str, Any]:
         return {**message, "content": "\n\n".join(parts) if parts else NO_RESULT}
     texts = [part["text"] for part in parts if part["type"] == "text"]
     content = "\n\n".join(texts) if len(texts) == len(parts) else parts
-    fields: Dict[str, Any] = {"tool_calls": calls, **pop_reasoning(calls)} if calls else {}
+    fields: dict[str, Any] = {"tool_calls": calls, **pop_reasoning(calls)} if calls else {}
     if calls and message["reasoning"]:
         fields["reasoning_content"] = "\n\n".join(message["reasoning"])
     return {"role": role, "content": content or None, **fields} if content or calls else {}
@@ -8817,7 +8804,7 @@ EXTRA = "__extra_"
 MAX_EXTRA = 1 << 16  # characters
 
 
-def id_with_extra(call_id: str, extra: Optional[Dict[str, Any]]) -> str:
+def id_with_extra(call_id: str, extra: dict[str, Any] | None) -> str:
     """Add ``extra`` of a call to its ID, the only field that all clients return."""
     if not extra:
         return call_id
@@ -8825,7 +8812,7 @@ def id_with_extra(call_id: str, extra: Optional[Dict[str, Any]]) -> str:
     return call_id + EXTRA + data if len(data) <= MAX_EXTRA else call_id
 
 
-def split_extra(value: Any) -> Tuple[Optional[str], Optional[Dict[str, Any]]]:
+def split_extra(value: Any) -> tuple[str | None, dict[str, Any] | None]:
     """A call's own ID, None if missing, and what id_with_extra() has added to it.
 
     A client may have cut it off or changed it to lower case: then only the ID is left.
@@ -8841,7 +8828,7 @@ def split_extra(value: Any) -> Tuple[Optional[str], Optional[Dict[str, Any]]]:
     return head, as_dict(extra) or None
 
 
-def sent_id(value: Any) -> Tuple[Optional[str], Optional[Dict[str, Any]]]:
+def sent_id(value: Any) -> tuple[str | None, dict[str, Any] | None]:
     """A call's ID as upstreams accept it, and what it contained."""
     call_id, extra = split_extra(value)
     call_id = as_str((extra or {}).pop("id", None)) or call_id
@@ -8894,7 +8881,7 @@ FILE_DATA = ("data", "file_data", "blob")
 FILE_NAMES_AND_TYPES = ("media_type", "mime_type", "mimeType", "filename")
 
 
-def file_note(block: Dict[str, Any]) -> str:
+def file_note(block: dict[str, Any]) -> str:
     """A note to the model in place of a file; "" for a block without one."""
     strings = {key: text for _, key, text in _strings_in(block)}
     urls = [text for text in strings.values() if text.startswith("data:")]
@@ -8961,7 +8948,7 @@ class Messages(BlockDialect):
 
     # -- the request
 
-    def to_chat(self, body: Dict[str, Any]) -> Dict[str, Any]:
+    def to_chat(self, body: dict[str, Any]) -> dict[str, Any]:
         for name in self.REFUSED:
             if body.get(name):
                 message = f"{name!r} can't be used for this model: send the whole conversation."
@@ -8976,7 +8963,7 @@ class Messages(BlockDialect):
         sent = enumerate(required_field(body, "messages", list, "a list of messages"))
         fields = [(f"messages[{i}]", as_dict(each)) for i, each in sent]
         self.convert_messages([(i, each.get("role"), each.get("content")) for i, each in fields])
-        chat: Dict[str, Any] = {"user": self.user_name(body)}
+        chat: dict[str, Any] = {"user": self.user_name(body)}
         response_format = as_dict(config.get("format") or body.get("output_format"))
         if response_format.get("type") == "json_schema":
             strict = is_strict_schema(response_format.get("schema"))
@@ -8993,7 +8980,7 @@ class Messages(BlockDialect):
                 chat["parallel_tool_calls"] = False
         return chat
 
-    def user_name(self, body: Dict[str, Any]) -> Any:
+    def user_name(self, body: dict[str, Any]) -> Any:
         """``metadata.user_id``, unless it is longer than upstreams accept."""
         name = as_dict(body.get("metadata")).get("user_id")
         if name is None or isinstance(name, str) and TOOL_NAME.fullmatch(name):
@@ -9001,7 +8988,7 @@ class Messages(BlockDialect):
         self.untranslated.append("metadata.user_id")
         return None
 
-    def convert_tool_choice(self, choice: Dict[str, Any], tools: List[Dict[str, Any]]) -> Any:
+    def convert_tool_choice(self, choice: dict[str, Any], tools: list[dict[str, Any]]) -> Any:
         choice_type = choice.get("type")
         if choice_type == "tool":
             return self.chosen_tool(choice, tools)
@@ -9044,16 +9031,16 @@ class Messages(BlockDialect):
     def ping_frame(self, style: str) -> bytes:
         return b"" if style == "off" else event_frame("ping")
 
-    def response_body(self, answer: Answer) -> Dict[str, Any]:
+    def response_body(self, answer: Answer) -> dict[str, Any]:
         message = self.message_object(list(map(self.content_block, self.answer_blocks(answer))))
         usage = self.usage_object(answer.finish)
         return {**message, **self.stop_fields(answer.finish), "usage": usage}
 
-    def message_object(self, content: List[Dict[str, Any]]) -> Dict[str, Any]:
+    def message_object(self, content: list[dict[str, Any]]) -> dict[str, Any]:
         head = {"id": self.id, "type": "message", "role": "assistant", "model": self.model}
         return {**head, "content": content, "stop_reason": None, "stop_sequence": None}
 
-    def content_block(self, event: BlockEvent) -> Dict[str, Any]:
+    def content_block(self, event: BlockEvent) -> dict[str, Any]:
         if isinstance(event, ToolCall):
             name, sent = self.client_name(event)[0], call_input(event.arguments)
             return {"type": "tool_use", "id": event.id, "name": name, "input": sent}
@@ -9063,14 +9050,14 @@ class Messages(BlockDialect):
         self.has_refusal = self.has_refusal or isinstance(event, Refusal)
         return {"type": "text", "text": event.text}
 
-    def stop_fields(self, finish: Finish) -> Dict[str, Any]:
+    def stop_fields(self, finish: Finish) -> dict[str, Any]:
         default, sequence = "refusal" if self.has_refusal else "end_turn", finish.stop_sequence
         reason = self.STOP_REASONS.get(finish.reason, default)
         if sequence is None or sequence not in as_list(self.call.body.get("stop")):
             return {"stop_reason": reason, "stop_sequence": None}
         return {"stop_reason": "stop_sequence", "stop_sequence": sequence}
 
-    def usage_object(self, finish: Finish) -> Dict[str, int]:
+    def usage_object(self, finish: Finish) -> dict[str, int]:
         """Token counts, those of cached input apart."""
         usage = finish.usage or {}
         read = usage_detail(usage, "prompt", "cached_tokens")
@@ -9088,7 +9075,7 @@ class Messages(BlockDialect):
         return 529 if error.status == 503 else BlockDialect.status(error)
 
     @staticmethod
-    def error_body(error: APIError) -> Dict[str, Any]:
+    def error_body(error: APIError) -> dict[str, Any]:
         status = Messages.status(error)
         default = "api_error" if status >= 500 else "invalid_request_error"
         error_type = Messages.ERROR_TYPE_BY_STATUS.get(status, default)
@@ -9098,7 +9085,7 @@ class Messages(BlockDialect):
         return {"type": "error", "error": fields}
 
     @staticmethod
-    def model_object(model: Dict[str, Any]) -> Dict[str, Any]:
+    def model_object(model: dict[str, Any]) -> dict[str, Any]:
         created = model.get("created")
         seconds = min(max(created, 0), 1 << 33) if type(created) is int else 0
         names = {"type": "model", "id": model["id"], "display_name": model["id"]}
@@ -9106,7 +9093,7 @@ class Messages(BlockDialect):
         return {**names, "lifecycle": "active", "created_at": utc(seconds), **limits}
 
     @staticmethod
-    def model_list(models: List[Dict[str, Any]]) -> Dict[str, Any]:
+    def model_list(models: list[dict[str, Any]]) -> dict[str, Any]:
         ids = [model["id"] for model in models] or [None]
         data = list(map(Messages.model_object, models))
         return {"data": data, "has_more": False, "first_id": ids[0], "last_id": ids[-1]}
@@ -9136,7 +9123,7 @@ def is_strict_schema(schema: Any) -> bool:
     return all(map(is_strict_schema, fields.values()))
 
 
-def without_billing_header(part: Dict[str, Any]) -> Dict[str, Any]:
+def without_billing_header(part: dict[str, Any]) -> dict[str, Any]:
     """A part without Claude Code's first line, which would defeat prompt caches."""
     text = part.get("text", "")
     if not text.startswith("x-anthropic-billing-header:"):
@@ -9144,7 +9131,7 @@ def without_billing_header(part: Dict[str, Any]) -> Dict[str, Any]:
     return {**part, "text": text.partition("\n")[2].lstrip("\n")}
 
 
-def call_input(arguments: str) -> Dict[str, Any]:
+def call_input(arguments: str) -> dict[str, Any]:
     """A tool call's arguments as an object, {"arguments": string} if they are not one."""
     value: Any = None
     with contextlib.suppress(ValueError):
@@ -9152,7 +9139,7 @@ def call_input(arguments: str) -> Dict[str, Any]:
     return value if isinstance(value, dict) else {"arguments": arguments}
 
 
-def usage_detail(usage: Dict[str, Any], of: str, name: str) -> int:
+def usage_detail(usage: dict[str, Any], of: str, name: str) -> int:
     """A detail of OpenAI's prompt or completion token counts; 0 if missing."""
     return count_or_none(as_dict(usage.get(of + "_tokens_details")).get(name)) or 0
 
@@ -9160,11 +9147,11 @@ def usage_detail(usage: Dict[str, Any], of: str, name: str) -> int:
 class CountTokens(Messages):
     """POST /v1/messages/count_tokens: relayed if supported, else estimated."""
 
-    def parse(self, body: Dict[str, Any]) -> Call:
+    def parse(self, body: dict[str, Any]) -> Call:
         model = body.get("model")
         return Call({"model": model} if isinstance(model, str) else {}, relay_only=True)
 
-    def local_response(self) -> Optional[Dict[str, Any]]:
+    def local_response(self) -> dict[str, Any] | None:
         return {"input_tokens": self.estimate_prompt()}
 
 
@@ -9181,8 +9168,8 @@ class ItemWire(NamedTuple):
     id_prefix: str
     text_event: str  # with ".delta" and ".done"
     text_field: str  # of the latter
-    part_index: Dict[str, int] = {}  # of the item's only part
-    more: Dict[str, Any] = {}  # further fields of the text events
+    part_index: dict[str, int] = {}  # of the item's only part
+    more: dict[str, Any] = {}  # further fields of the text events
     part_event: str = ""  # with ".added" and ".done"
 
 
@@ -9211,7 +9198,7 @@ class Responses(BlockDialect):
     PREFIX = "resp_"
     RENAMED_PARAMS = {"max_output_tokens": "max_tokens", "temperature": "temperature",
                       "top_p": "top_p", "user": "user"}
-    ECHOED: Dict[str, Any] = {
+    ECHOED: dict[str, Any] = {
         "instructions": None, "max_output_tokens": None, "metadata": {},
         "parallel_tool_calls": True, "reasoning": None, "temperature": None,
         "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": None,
@@ -9223,7 +9210,7 @@ class Responses(BlockDialect):
     KNOWN_PARAMS = (*ECHOED, *STATEFUL, "model", "input", "stream", "store", "include")
     ENCRYPTED = "reasoning.encrypted_content"
     FUNCTION_TYPES, SCHEMA_KEY = ("function", "custom"), "parameters"
-    ITEMS: Dict[Any, ItemWire] = {  # by event
+    ITEMS: dict[Any, ItemWire] = {  # by event
         Text: ItemWire("message", "msg_", "response.output_text", "text", {"content_index": 0},
                        {"logprobs": []}, "response.content_part"),
         Refusal: ItemWire("message", "msg_", "response.refusal", "refusal", {"content_index": 0},
@@ -9239,14 +9226,14 @@ class Responses(BlockDialect):
     stream_started = False
 
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
-        self.output: List[Dict[str, Any]] = []  # completed items
-        self.annotations: List[Dict[str, Any]] = []  # of the text
-        self.custom_tools: Set[str] = set()  # names, as they are sent
+        self.output: list[dict[str, Any]] = []  # completed items
+        self.annotations: list[dict[str, Any]] = []  # of the text
+        self.custom_tools: set[str] = set()  # names, as they are sent
         super().__init__(body, base_url)
 
     # -- the request
 
-    def to_chat(self, body: Dict[str, Any]) -> Dict[str, Any]:
+    def to_chat(self, body: dict[str, Any]) -> dict[str, Any]:
         for name in self.STATEFUL:
             if body.get(name):
                 raise not_stored(name, name)
@@ -9273,7 +9260,7 @@ class Responses(BlockDialect):
             chat["parallel_tool_calls"] = body.get("parallel_tool_calls")
         return chat
 
-    def all_tools(self, tools: Any, items: List[Any]) -> List[Dict[str, Any]]:
+    def all_tools(self, tools: Any, items: list[Any]) -> list[dict[str, Any]]:
         """Convert the request's tools and those in its items, where Codex sends them."""
         converted = self.convert_tools(tools)
         for i, item in enumerate(map(as_dict, items)):
@@ -9282,12 +9269,12 @@ class Responses(BlockDialect):
         return list({tool["function"]["name"]: tool for tool in converted}.values())
 
     @staticmethod
-    def messages_of_items(items: List[Any]) -> List[Tuple[str, Any, Any]]:
+    def messages_of_items(items: list[Any]) -> list[tuple[str, Any, Any]]:
         """Items as messages; consecutive tool results are one message of the user.
 
         References to reasoning (their ids begin with "rs_") and lists of tools are dropped.
         """
-        messages: List[Tuple[str, Any, Any]] = []
+        messages: list[tuple[str, Any, Any]] = []
         was_result = False
         for i, item in enumerate(map(as_dict, items)):
             param, item_type = f"input[{i}]", item.get("type", "message")
@@ -9306,9 +9293,7 @@ class Responses(BlockDialect):
             was_result = is_result
         return messages
 
-    def convert_tool(
-        self, tool: Dict[str, Any], param: str, space: Optional[str]
-    ) -> Dict[str, Any]:
+    def convert_tool(self, tool: dict[str, Any], param: str, space: str | None) -> dict[str, Any]:
         """Convert a function or a custom tool, whose input becomes the only parameter."""
         if tool.get("type") != "custom":
             return super().convert_tool(tool, param, space)
@@ -9320,7 +9305,7 @@ class Responses(BlockDialect):
         self.custom_tools.add(converted["function"]["name"])
         return converted
 
-    def convert_tool_choice(self, choice: Any, tools: List[Dict[str, Any]]) -> Any:
+    def convert_tool_choice(self, choice: Any, tools: list[dict[str, Any]]) -> Any:
         fields = as_dict(choice)
         if fields.get("type") in self.FUNCTION_TYPES:
             return self.chosen_tool(fields, tools)
@@ -9337,7 +9322,7 @@ class Responses(BlockDialect):
         frames = self.frame("response.created", response=response)
         return frames + self.frame("response.in_progress", response=response)
 
-    def encode(self, events: List[Event]) -> bytes:
+    def encode(self, events: list[Event]) -> bytes:
         self.stream_started = True  # a relayed stream has no opening_frames()
         return super().encode(events)
 
@@ -9414,13 +9399,13 @@ class Responses(BlockDialect):
         frames += self.frame("error", **{**details, "type": "error", "error": details})
         return frames + self.frame("response.failed", response=response)
 
-    def response_body(self, answer: Answer) -> Dict[str, Any]:
+    def response_body(self, answer: Answer) -> dict[str, Any]:
         for each in answer.citations:
             self.encode_event(each)
         self.output = list(map(self.output_item, self.answer_blocks(answer)))
         return self.response_object(answer.finish)
 
-    def response_object(self, finish: Optional[Finish] = None) -> Dict[str, Any]:
+    def response_object(self, finish: Finish | None = None) -> dict[str, Any]:
         original, usage = self.call.original, finish and finish.usage
         sent = as_dict(original.body) if len(original.raw_body) <= self.ECHO_LIMIT else {}
         reason = finish and self.INCOMPLETE_REASONS.get(finish.reason)
@@ -9438,7 +9423,7 @@ class Responses(BlockDialect):
             "usage": response_usage(usage) if usage else None,
         }
 
-    def part_object(self, event: TextEvent) -> Dict[str, Any]:
+    def part_object(self, event: TextEvent) -> dict[str, Any]:
         """The only part of a message or of reasoning."""
         if isinstance(event, Reasoning):
             return {"type": "summary_text", "text": event.text}
@@ -9449,11 +9434,11 @@ class Responses(BlockDialect):
 
     def output_item(
         self, event: BlockEvent, item_id: str = "", status: str = "completed"
-    ) -> Dict[str, Any]:
+    ) -> dict[str, Any]:
         """An item of the output, new without an ID; it has no parts until it is completed."""
         wire = self.wire(event)
         item_id = item_id or wire.id_prefix + new_id()
-        item: Dict[str, Any] = {"id": item_id, "type": wire.type, "status": status}
+        item: dict[str, Any] = {"id": item_id, "type": wire.type, "status": status}
         if isinstance(event, ToolCall):
             name, space = self.client_name(event)
             item.update(call_id=event.id, name=name, **({"namespace": space} if space else {}))
@@ -9467,7 +9452,7 @@ class Responses(BlockDialect):
         return {**item, "summary": parts, **encrypted}
 
 
-def response_usage(usage: Dict[str, Any]) -> Dict[str, Any]:
+def response_usage(usage: dict[str, Any]) -> dict[str, Any]:
     """Token counts of a response, from those of a chat."""
     cached = usage_detail(usage, "prompt", "cached_tokens")
     written = usage_detail(usage, "prompt", "cache_write_tokens")
@@ -9511,7 +9496,7 @@ class Passthrough(Dialect):
         """Nothing: its answers are relayed, and its body may be very large."""
 
     @staticmethod
-    def document(data: bytes, content_type: str) -> Dict[str, Any]:
+    def document(data: bytes, content_type: str) -> dict[str, Any]:
         """The JSON object of a body; {} for anything else, which the upstream may accept."""
         # By default, curl -d sends any body as a form.
         vague = ("", URLENCODED, "text/plain", "application/octet-stream")
@@ -9578,7 +9563,7 @@ def check_charset(content_type: str) -> None:
             raise APIError(415, "The charset of the body must be UTF-8.")
 
 
-def apply_key_limits(call: Call, options: ClientKeySettings, headers: Dict[str, str]) -> None:
+def apply_key_limits(call: Call, options: ClientKeySettings, headers: dict[str, str]) -> None:
     """Apply a key's limits to a call. Raises APIError, also for an ambiguous body."""
     call.allowed_models = options.models
     if not options.models and not options.refuse_fields:
@@ -9603,7 +9588,7 @@ def apply_key_limits(call: Call, options: ClientKeySettings, headers: Dict[str, 
 
 def images_requested(original: OriginalRequest) -> int:
     """The number of images in a relayed request, as a lenient upstream reads its "n"."""
-    fields: List[Tuple[str, Any]] = list(as_dict(original.body).items())
+    fields: list[tuple[str, Any]] = list(as_dict(original.body).items())
     data = original.raw_body
     with contextlib.suppress(APIError):  # of a malformed form
         form = () if fields else form_fields(data, original.content_type) or ()
@@ -9613,7 +9598,7 @@ def images_requested(original: OriginalRequest) -> int:
     return max((int(number[1]) for number in numbers if number), default=1) or 1
 
 
-def check_form_model(form: List[FormField], models: Tuple[str, ...]) -> None:
+def check_form_model(form: list[FormField], models: tuple[str, ...]) -> None:
     """Check that a form names one model, which the pool checks. Raises APIError."""
     names = [field.value for field in form if field.name == "model"]
     if len(names) > 1 or any(field.name == "_charset_" for field in form):
@@ -9631,7 +9616,7 @@ class FormField(NamedTuple):
     end: int = 0
 
 
-def form_model(data: bytes, content_type: str) -> Optional[FormField]:
+def form_model(data: bytes, content_type: str) -> FormField | None:
     """Return the form's field that names the model; None if there isn't exactly one."""
     with contextlib.suppress(APIError):  # a form that is odd to us may be fine for the upstream
         fields = [each for each in form_fields(data, content_type) or () if each.name == "model"]
@@ -9640,7 +9625,7 @@ def form_model(data: bytes, content_type: str) -> Optional[FormField]:
     return None
 
 
-def form_fields(data: bytes, content_type: str) -> Optional[List[FormField]]:
+def form_fields(data: bytes, content_type: str) -> list[FormField] | None:
     """Names and values of a form's fields, or None for another content type.
 
     Values other than the model's are "". Raises APIError 400 if the form is malformed.
@@ -9651,7 +9636,7 @@ def form_fields(data: bytes, content_type: str) -> Optional[List[FormField]]:
     return multipart_fields(data, content_type) if kind == "multipart/form-data" else None
 
 
-def urlencoded_fields(data: bytes) -> List[FormField]:
+def urlencoded_fields(data: bytes) -> list[FormField]:
     """The fields of a form of the type application/x-www-form-urlencoded."""
     if data.count(b"&") + data.count(b";") >= MAX_FORM_PARTS:
         raise bad_request("The form has too many fields.")
@@ -9673,7 +9658,7 @@ def percent_decoded(text: bytes) -> str:
     return urllib.parse.unquote_plus(text.decode("ascii"), errors="strict")
 
 
-def multipart_fields(data: bytes, content_type: str) -> List[FormField]:
+def multipart_fields(data: bytes, content_type: str) -> list[FormField]:
     """The parts of a form of the type multipart/form-data (RFC 7578).
 
     A part must begin wherever the boundary occurs, or a lenient parser could find further parts.
@@ -9682,7 +9667,7 @@ def multipart_fields(data: bytes, content_type: str) -> List[FormField]:
     if not match:
         raise bad_request("The boundary of the form is malformed.")
     delimiter, pos = b"--" + match[2].encode(), 0
-    fields: List[FormField] = []
+    fields: list[FormField] = []
     while data.startswith(delimiter + b"\r\n", pos) and len(fields) < MAX_FORM_PARTS:
         start = pos + len(delimiter) + 2
         end = data.find(b"\r\n\r\n", start, start + MAX_PART_HEAD)
@@ -9697,7 +9682,7 @@ def multipart_fields(data: bytes, content_type: str) -> List[FormField]:
     return fields
 
 
-def part_field(head: bytes, value: bytes) -> Tuple[str, str]:
+def part_field(head: bytes, value: bytes) -> tuple[str, str]:
     """Name and value of a part; "" for values other than the model. APIError 400."""
     try:
         pairs = [parse_field.__wrapped__(line) for line in head.decode("latin-1").split("\r\n")]
@@ -9754,7 +9739,7 @@ class SelectorPoller:
     def modify(self, descriptor: int, events: int) -> None:
         self.selector.modify(descriptor, _SELECTOR_EVENTS[events])
 
-    def poll(self, seconds: float) -> List[Tuple[int, int]]:
+    def poll(self, seconds: float) -> list[tuple[int, int]]:
         """Return (descriptor, events) of the sockets ready within so many seconds."""
         return [(key.fd, events) for key, events in self.selector.select(seconds)]
 
@@ -9776,8 +9761,8 @@ class EventLoop(threading.Thread):
         else:
             self.poller = SelectorPoller(selector or selectors.DefaultSelector())
         # By descriptor: the callback, and the one to call if it raises an exception.
-        self.registrations: Dict[int, Tuple[Callback, Callback]] = {}
-        self.scheduled: Deque[Callback] = collections.deque()
+        self.registrations: dict[int, tuple[Callback, Callback]] = {}
+        self.scheduled: deque[Callback] = collections.deque()
         self.awake = False  # True: ``scheduled`` will be read before the next wait
         self.stopped = False
         self.now = time.monotonic()
@@ -9899,14 +9884,14 @@ class Head(NamedTuple):
     path: str = "-"  # percent-decoded once
     query: str = ""
     http_minor: str = "1"
-    headers: Dict[str, str] = {}  # by lower-case name
+    headers: dict[str, str] = {}  # by lower-case name
 
 
 class Route(NamedTuple):
     """A row of ROUTES matched with a request. Any thread."""
 
     label: str = "other"  # in the metrics
-    targets: Dict[str, Any] = {}  # {method: Dialect subclass, or function of a Handler}
+    targets: dict[str, Any] = {}  # {method: Dialect subclass, or function of a Handler}
     remainder: str = ""  # the part of the path that matched {}
 
     def target(self, method: str) -> Any:
@@ -9924,18 +9909,18 @@ class Request:
 
     head = Head()
     route = Route()
-    body: Union[bytes, bytearray] = b""
+    body: bytes | bytearray = b""
     body_unread = False  # the body, or where the next request starts, is not known
     keep_alive = False
-    error: Optional[APIError] = None  # the reason to reject it
-    key: Optional["KeyLimiter"] = None  # None: no token, or one of BEARER_TOKEN
+    error: APIError | None = None  # the reason to reject it
+    key: KeyLimiter | None = None  # None: no token, or one of BEARER_TOKEN
     counted = False  # holds a slot of the key
-    decoder: Optional[BodyDecoder] = None  # while the body is being read
-    call: Optional[Call] = None  # set for model calls and images
+    decoder: BodyDecoder | None = None  # while the body is being read
+    call: Call | None = None  # set for model calls and images
     source: Any = None  # Exchange or UpstreamResponse, closed when the response is complete
-    relay: Optional["StreamRelay"] = None  # while the loop relays an upstream's response
+    relay: StreamRelay | None = None  # while the loop relays an upstream's response
 
-    def __init__(self, connection: "Connection") -> None:
+    def __init__(self, connection: Connection) -> None:
         self.connection, self.server = connection, connection.server
         self.settings = connection.server.settings  # a reload must not change them midway
         self.id = "req_" + new_id()
@@ -9975,11 +9960,11 @@ class AccessRecord:
     model = answered_model = controller = ""
     route: Sequence[str] = ()  # the attempts, such as "akash=429"
     broken_off = False  # failed after its first byte
-    usage: Optional[Dict[str, int]] = None
+    usage: dict[str, int] | None = None
     first_token_at = 0.0
 
 
-def check_body(server: "Server", size: int, more: int) -> None:
+def check_body(server: Server, size: int, more: int) -> None:
     """Raise APIError 413 for too large a body, 503 without room for ``more`` bytes."""
     settings = server.settings
     limit = min(settings.max_body, settings.max_body_total)
@@ -10001,7 +9986,7 @@ class Connection:
     LINGER_SECONDS = 2.0
     LINGER_BYTES = 4 << 20
 
-    def __init__(self, sock: socket.socket, client_address: Any, server: "Server") -> None:
+    def __init__(self, sock: socket.socket, client_address: Any, server: Server) -> None:
         self.sock, self.client_address = sock, client_address
         self.server, self.loop = server, server.loop
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -10010,8 +9995,8 @@ class Connection:
         self.input = bytearray()  # received, not yet parsed
         self.output = bytearray()  # to be sent
         self.room = threading.Condition()  # guards ``output`` and CLOSED; notified by each flush()
-        self.request: Optional[Request] = None  # being read or answered
-        self.on_drained: Optional[Callback] = None  # called once all output is sent
+        self.request: Request | None = None  # being read or answered
+        self.on_drained: Callback | None = None  # called once all output is sent
         self.pipelined = False  # the next request or EOF has come: nothing more is read
         self.events = 0  # registered with the loop
         self.linger_budget = 0
@@ -10059,7 +10044,7 @@ class Connection:
         except (ProtocolError, APIError) as error:
             self._dispatch(error)
 
-    def _read_head(self, scanned: int) -> Optional[Request]:
+    def _read_head(self, scanned: int) -> Request | None:
         """Parse the head and pass it through the gate; None while it is incomplete."""
         while self.input.startswith(b"\r\n"):  # RFC 9112, 2.2: skip empty lines before a request
             del self.input[:2]
@@ -10119,7 +10104,7 @@ class Connection:
             self.server.body_bytes -= len(request.body)
             request.decoder, request.body = None, b""
 
-    def _dispatch(self, error: Union[None, ProtocolError, APIError] = None) -> None:
+    def _dispatch(self, error: None | ProtocolError | APIError = None) -> None:
         """Hand the request to a worker, with the reason if it is rejected."""
         request = self.request = self.request or Request(self)
         if error is not None:
@@ -10378,7 +10363,7 @@ class Connection:
 # Writes responses to clients. Knows no upstreams' formats.
 
 
-Headers = Iterable[Tuple[str, str]]
+Headers = Iterable[tuple[str, str]]
 
 
 class ResponseWriter:
@@ -10396,14 +10381,14 @@ class ResponseWriter:
     has_event_id = False  # an event of the stream may have had a line "id:"
     ping_frame: Any = None  # ping_frame(style) -> bytes; None: pings are not possible
 
-    def __init__(self, request: "Request") -> None:
+    def __init__(self, request: Request) -> None:
         self.request, self.connection = request, request.connection
         self.lock = threading.RLock()
         # On the loop thread, for /health and in a StreamRelay: Connection.send.
         self.send: Callable[..., Any] = self.connection.enqueue
         self.last_write = request.started_at
 
-    def start(self, status: int, headers: Headers, length: Optional[int] = None) -> None:
+    def start(self, status: int, headers: Headers, length: int | None = None) -> None:
         """Begin the response; without a length its body is chunked."""
         request = self.request
         if request.body_unread or request.server.draining:
@@ -10449,7 +10434,7 @@ class ResponseWriter:
             end = b"0\r\n\r\n" if self.chunked and self.request.head.method != "HEAD" else b""
             return self.send(self._frame(data, end), last=True)
 
-    def respond(self, status: int, data: bytes, headers: Dict[str, str]) -> None:
+    def respond(self, status: int, data: bytes, headers: dict[str, str]) -> None:
         """Write a complete response."""
         with self.lock:
             self.start(status, headers.items(), length=len(data))
@@ -10512,7 +10497,7 @@ class StreamRelay:
     paused = client_done = upstream_done = False
     fast_path: Any = None  # unframe, parse, encode; (): impossible; None: not known yet
 
-    def __init__(self, responder: "CallResponder") -> None:
+    def __init__(self, responder: CallResponder) -> None:
         self.responder, self.request, self.call = responder, responder.request, responder.call
         self.exchange, self.dialect = responder.exchange, responder.dialect
         self.writer, self.connection = responder.writer, responder.request.connection
@@ -10522,7 +10507,7 @@ class StreamRelay:
         # Bytes that have been decrypted but not read, if the upstream uses TLS.
         self.tls_pending: Any = getattr(self.upstream, "pending", None)
         self.idle_timeout = self.stream.response.timeouts.idle
-        self.buffered: List[Event] = []  # of a response that is not streamed
+        self.buffered: list[Event] = []  # of a response that is not streamed
         if self.dialect.keeps_text or not self.call.stream:
             self.stream.byte_budget = MAX_BUFFERED_BODY * (4 if self.call.stream else 1)
 
@@ -10592,7 +10577,7 @@ class StreamRelay:
         usable = usable and self.stream.response.content is None
         self.fast_path = (body.complete_chunks, decoder.fast_path, encode) if usable else ()
 
-    def _deliver(self, events: List[Event]) -> None:
+    def _deliver(self, events: list[Event]) -> None:
         """Send events to the client, or buffer them for a response that is not streamed."""
         if self.exchange.committed:
             frames = self.dialect.encode(events)
@@ -10671,7 +10656,7 @@ class StreamRelay:
         if self.tls_pending and self.tls_pending():
             self.on_upstream_tls()
 
-    def _release(self, error: Optional[APIError] = None) -> None:
+    def _release(self, error: APIError | None = None) -> None:
         """Return or close the upstream connection, and record its result. Idempotent."""
         if not self.upstream_done:
             self.upstream_done = True
@@ -10725,7 +10710,7 @@ class KeyLimiter:
         with self.lock:
             self.in_flight -= 1
 
-    def status(self) -> Dict[str, Any]:
+    def status(self) -> dict[str, Any]:
         """Return the key's entry in /status."""
         counts = {"in_flight": self.in_flight, "requests": self.requests}
         return {"name": self.name, **counts, "refused": self.rejected}
@@ -10735,7 +10720,7 @@ class KeyLimiter:
 # from ROUTES, the settings and the upstreams' model lists, never from requests: clients could
 # otherwise create any number of series.
 # fmt: off
-METRICS: Dict[str, Tuple[str, ...]] = {
+METRICS: dict[str, tuple[str, ...]] = {
     "akashproxy_requests_total": ("Completed requests.", "route", "status", "controller"),
     "akashproxy_requests_in_flight": ("Model calls and images in progress.",),
     "akashproxy_requests_waiting": ("Model calls queued for a controller.",),
@@ -10797,13 +10782,13 @@ MAX_MODEL_LABELS = 200  # models with series of their own; the others are counte
 class Metrics:
     """Counters and histograms for /metrics. Any thread."""
 
-    def __init__(self, server: "Server") -> None:
+    def __init__(self, server: Server) -> None:
         self.server, self.started_at, self.lock = server, time.time(), threading.Lock()
-        self.counts: Dict[Tuple[Any, ...], float] = defaultdict(int)  # {(name, label, ...): number}
+        self.counts: dict[tuple[Any, ...], float] = defaultdict(int)  # {(name, label, ...): number}
         for name, (_, *labels) in METRICS.items():
             if name.endswith("_total") and not labels:  # rate() needs a first value
                 self.counts[name,] = 0
-        self.models: Set[str] = set()  # those with series of their own
+        self.models: set[str] = set()  # those with series of their own
 
     def add(self, request: "Request", now: float) -> None:
         """Count a completed request."""
@@ -10837,7 +10822,7 @@ class Metrics:
             seconds = (now - first) / (tokens - 1)
             self.observe("akashproxy_time_per_output_token_seconds", controller, seconds)
 
-    def _add_tokens(self, request: "Request", usage: Dict[str, Any], model: str) -> None:
+    def _add_tokens(self, request: "Request", usage: dict[str, Any], model: str) -> None:
         """Count a call's tokens. The caller holds the lock."""
         estimated, counts = "estimated_" * is_estimated(usage), self.counts
         for kind in ("prompt", "completion"):
@@ -10863,7 +10848,7 @@ class Metrics:
         self.counts[name, controller, bisect.bisect_left(BUCKETS[name], seconds)] += 1
         self.counts[name, controller, "sum"] += seconds
 
-    def snapshot(self) -> Dict[Tuple[Any, ...], float]:
+    def snapshot(self) -> dict[tuple[Any, ...], float]:
         """Return all metrics: {(name, label, ...): number}."""
         server = self.server
         server.pool.refresh_models_async()  # for the labels
@@ -10885,9 +10870,9 @@ class Metrics:
         return metrics
 
 
-def process_metrics() -> Dict[Tuple[str], float]:
+def process_metrics() -> dict[tuple[str], float]:
     """Return the process_* metrics that this system offers."""
-    metrics: Dict[Tuple[str], float] = {("process_cpu_seconds_total",): time.process_time()}
+    metrics: dict[tuple[str], float] = {("process_cpu_seconds_total",): time.process_time()}
     with contextlib.suppress(ImportError, OSError, ValueError, IndexError):
         import resource
 
@@ -10901,9 +10886,9 @@ def process_metrics() -> Dict[Tuple[str], float]:
     return metrics
 
 
-def prometheus_text(metrics: Dict[Tuple[Any, ...], float]) -> bytes:
+def prometheus_text(metrics: dict[tuple[Any, ...], float]) -> bytes:
     """Format metrics as Prometheus' text format (0.0.4)."""
-    series: Dict[str, Dict[Tuple[str, ...], float]] = {name: {} for name in METRICS}
+    series: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in METRICS}
     for (name, *labels), value in metrics.items():
         series[name][tuple(map(str, labels))] = value
     lines = []
@@ -10922,7 +10907,7 @@ def prometheus_text(metrics: Dict[Tuple[Any, ...], float]) -> bytes:
 
 
 def histogram_lines(
-    name: str, labels: List[Tuple[str, str]], buckets: Dict[str, float]
+    name: str, labels: list[tuple[str, str]], buckets: dict[str, float]
 ) -> Iterator[str]:
     """Yield the sample lines of one histogram; its buckets are cumulative."""
     count: float = 0
@@ -10933,7 +10918,7 @@ def histogram_lines(
     yield sample(f"{name}_count", labels, count)
 
 
-def sample(name: str, labels: Iterable[Tuple[str, str]], value: float) -> str:
+def sample(name: str, labels: Iterable[tuple[str, str]], value: float) -> str:
     """Format one sample line."""
     escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
     text = ",".join(f'{label}="{text.translate(escapes)}"' for label, text in labels)
@@ -10975,13 +10960,13 @@ SSE_HEADERS = {
 }
 
 
-def is_event_stream(content_type: Optional[str]) -> bool:
+def is_event_stream(content_type: str | None) -> bool:
     """Return whether a stream's response is SSE. None: it is encoded here, so it is."""
     return content_type is None or content_type.startswith("text/event-stream")
 
 
 @functools.lru_cache(maxsize=64)
-def header_lines(*headers: Tuple[str, str]) -> str:
+def header_lines(*headers: tuple[str, str]) -> str:
     """Return the lines of headers; what is not printable ASCII becomes "?"."""
     lines = [f"{name}: {value}" for name, value in headers]
     return "".join([_UNPRINTABLE.sub("?", line) + "\r\n" for line in lines])
@@ -11000,7 +10985,7 @@ _AUTHORITY = re.compile(r"[a-z0-9._:\[\]-]+")
 
 
 @functools.lru_cache(maxsize=None)
-def own_methods(handler: Any) -> List[str]:
+def own_methods(handler: Any) -> list[str]:
     """Return the methods that a handler subclass handles, on paths of its own."""
     names = [name for name in dir(handler) if name.startswith("do_")]
     own = [name for name in names if getattr(handler, name) is not getattr(Handler, name, None)]
@@ -11080,7 +11065,7 @@ def authorize(request: Request) -> None:
     tokens = [headers.get("x-api-key"), headers.get("api-key")]
     tokens += bearer if scheme.lower() == "bearer" else []
     sent = [token.encode("utf-8", "replace") for token in tokens if token]
-    known: List[Tuple[str, Any]] = [(key.options.key, key) for key in request.server.keys]
+    known: list[tuple[str, Any]] = [(key.options.key, key) for key in request.server.keys]
     known += [(token, None) for token in request.settings.bearer_token]
     # Any accepted token is sufficient. All are compared, and in constant time, so that the
     # response time reveals nothing about them.
@@ -11117,7 +11102,7 @@ _FORWARDED = {
 
 
 @functools.lru_cache(maxsize=1024)
-def is_trusted(address: str, networks: Tuple[str, ...]) -> bool:
+def is_trusted(address: str, networks: tuple[str, ...]) -> bool:
     """Return whether a peer is in one of the networks; False if it has no IP address."""
     try:
         ip: Any = ipaddress.ip_address(address)
@@ -11264,7 +11249,7 @@ class CallResponder:
     Worker thread; loop thread while a StreamRelay has the response.
     """
 
-    def __init__(self, handler: "Handler", exchange: Exchange) -> None:
+    def __init__(self, handler: Handler, exchange: Exchange) -> None:
         self.request, self.run, self.dialect = handler.request, handler.run, handler.dialect
         self.exchange, self.call, self.writer = exchange, exchange.call, self.request.writer
         loop = self.request.connection.loop
@@ -11272,7 +11257,7 @@ class CallResponder:
         if self.call.stream:
             self.writer.ping_frame = self.dialect.ping_frame
 
-    def attempt(self, error: Optional[APIError] = None) -> bool:
+    def attempt(self, error: APIError | None = None) -> bool:
         """Try controllers, after ``error`` the next ones, until one responds. Worker.
 
         Returns True if the response goes on elsewhere (relayed by the loop, or the call is queued),
@@ -11298,7 +11283,7 @@ class CallResponder:
             exchange.close(failure)
         return False
 
-    def resume(self, error: Optional[APIError] = None) -> None:
+    def resume(self, error: APIError | None = None) -> None:
         """Continue on a worker, after the queue or an early error. Loop thread."""
         task = functools.partial(self.run, self.attempt, error)
         self.request.connection.submit(self.request, task)
@@ -11310,7 +11295,7 @@ class CallResponder:
         self._start({**headers, "Content-Type": content_type} if content_type else headers)
         return b"" if content_type else self.dialect.opening_frames()
 
-    def start_buffered(self, events: List[Event]) -> bytes:
+    def start_buffered(self, events: list[Event]) -> bytes:
         """Begin a response that is not streamed; returns its body."""
         content_type = self.call.attempt.content_type
         if content_type is None:
@@ -11321,7 +11306,7 @@ class CallResponder:
         self._start({"Content-Type": content_type}, len(data))
         return data
 
-    def _start(self, headers: Dict[str, str], length: Optional[int] = None) -> None:
+    def _start(self, headers: dict[str, str], length: int | None = None) -> None:
         """End failover; begin the response, unless a ping has begun it."""
         self.exchange.commit()
         record, call = self.request.record, self.call
@@ -11368,7 +11353,7 @@ class CallResponder:
         self.writer.finish(frames)
 
 
-def call_headers(request: Request) -> Dict[str, str]:
+def call_headers(request: Request) -> dict[str, str]:
     """Return the headers on a call's attempts, its ignored parameters and its length."""
     route, call = request.record.route, request.call
     headers = {"X-Akashproxy-Route": ", ".join(route)} if route else {}
@@ -11398,7 +11383,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     - a do_ method that returns True leaves the response to the loop.
     """
 
-    server: "Server"
+    server: Server
     server_version = SERVER_NAME
     protocol_version = "HTTP/1.1"
 
@@ -11543,9 +11528,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # -- responses
 
-    def send_response(self, code: int, message: Optional[str] = None) -> None:
+    def send_response(self, code: int, message: str | None = None) -> None:
         """Begin a response; ``message`` is ignored, the standard phrase is sent."""
-        self.response: Dict[str, Any] = {"status": int(code), "headers": []}
+        self.response: dict[str, Any] = {"status": int(code), "headers": []}
 
     send_response_only = send_response
 
@@ -11572,7 +11557,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         text = message or http.HTTPStatus(code).phrase
         self.send_api_error(APIError(code, f"{text}: {explain}" if explain else text))
 
-    def send_json(self, status: int, value: Any, headers: Optional[Dict[str, str]] = None) -> None:
+    def send_json(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
         headers = {"Content-Type": "application/json", **(headers or {})}
         self.request.writer.respond(status, to_json(value), headers)
 
@@ -11657,12 +11642,12 @@ def get_metrics(handler: Handler) -> None:
     handler.request.writer.respond(200, data, headers)
 
 
-def allowed_models(handler: Handler) -> Tuple[str, ...]:
+def allowed_models(handler: Handler) -> tuple[str, ...]:
     """Return the patterns of models that the client's key may use; (): all."""
     return handler.request.key.options.models if handler.request.key else ()
 
 
-def models_of_key(handler: Handler) -> List[Dict[str, Any]]:
+def models_of_key(handler: Handler) -> list[dict[str, Any]]:
     """Return the models that the client's key may use."""
     patterns = allowed_models(handler)
     return [model for model in handler.server.pool.models() if model_allowed(patterns, model["id"])]
@@ -11710,7 +11695,7 @@ def get_image(handler: Handler) -> bool:
 
 
 # {path: {method: Dialect subclass, or function of a Handler}}. {} matches the path's remainder.
-ROUTES: Dict[str, Dict[str, Any]] = {
+ROUTES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"POST": ChatCompletions},
     "/v1/completions": {"POST": Completions},
     "/v1/images/generations": {"POST": Images},
@@ -11795,7 +11780,7 @@ class WorkerPool:
     MAX_IDLE = 32
 
     def __init__(self) -> None:
-        self.queue: SimpleQueue[Optional[Callable[[], None]]] = SimpleQueue()
+        self.queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self.idle = 0  # threads that wait for a task, minus tasks in the queue
         self.stopped = False
         self.lock = threading.Lock()
@@ -11858,7 +11843,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.metrics = Metrics(self)
         self.keys = key_limiters(self.settings, [])
         self.body_bytes = 0  # of all request bodies in transit; loop thread
-        self.connections: Set[Connection] = set()  # changed on the loop thread only
+        self.connections: set[Connection] = set()  # changed on the loop thread only
         self.draining = self.accept_paused = False
         self.accepting_stopped = threading.Event()
         self.started_at = time.monotonic()
@@ -11917,13 +11902,13 @@ class Server(http.server.ThreadingHTTPServer):
 
     # -- running
 
-    def start(self) -> "Server":
+    def start(self) -> Server:
         """Start the loop thread."""
         self.loop.add(self.socket, self.on_connection, self.on_connection)
         self.loop.start()
         return self
 
-    def stop(self, grace: Optional[float] = None) -> None:
+    def stop(self, grace: float | None = None) -> None:
         """Stop accepting, and give requests ``grace`` seconds to end."""
         self.draining = True
         if self.loop.is_alive():
@@ -11964,7 +11949,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.pool, self.keys, self.settings = pool, keys, settings
         previous.close(keep=self.pool.upstreams)
 
-    def __enter__(self) -> "Server":
+    def __enter__(self) -> Server:
         return self.start()
 
     def __exit__(self, *_: Any) -> None:
@@ -12053,7 +12038,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.loop.call_soon_threadsafe(self.resume_waiters)
 
 
-def key_limiters(settings: Settings, previous: List[KeyLimiter]) -> List[KeyLimiter]:
+def key_limiters(settings: Settings, previous: list[KeyLimiter]) -> list[KeyLimiter]:
     """Return the limiters of all keys; a key that keeps its name keeps its counts."""
     by_name = {key.name: key for key in previous}
     keys = [by_name.get(options.name) or KeyLimiter(options) for options in settings.keys]
@@ -12075,7 +12060,7 @@ def log_access(request: Request, now: float) -> None:
     ended = "whole" if writer.status < 400 else "refused"
     if record.broken_off or not writer.finished:
         ended = "broken_off" if writer.finished else "client_left"
-    usage: Dict[str, Any] = record.usage or {}
+    usage: dict[str, Any] = record.usage or {}
     counted, estimated = ({}, usage) if is_estimated(usage) else (usage, {})
     trace = _TRACEPARENT.fullmatch(request.head.headers.get("traceparent", ""))
     facts = {
@@ -12110,7 +12095,7 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _family(host: str, port: int) -> Tuple[int, str]:
+def _family(host: str, port: int) -> tuple[int, str]:
     """Return the address family and numeric host to bind to; "": all interfaces."""
     if not host:
         host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
@@ -12136,7 +12121,7 @@ class DemoAkash(http.server.BaseHTTPRequestHandler):
     COOKIE = "session_token=" + "0123456789abcdef" * 4
     JSON_TYPE = {"Content-Type": "application/json"}
     STREAM_HEADERS = {"Content-Type": "text/plain; charset=utf-8", "X-Vercel-AI-Data-Stream": "v1"}
-    jobs: Dict[str, int] = {}  # number of status requests, by job
+    jobs: dict[str, int] = {}  # number of status requests, by job
     delay = 0.03  # seconds between two words
 
     @classmethod
@@ -12161,7 +12146,7 @@ class DemoAkash(http.server.BaseHTTPRequestHandler):
         else:
             self._send(404, b"{}")
 
-    def _image_status(self, job: str) -> Dict[str, Any]:
+    def _image_status(self, job: str) -> dict[str, Any]:
         """Return the next status of an image job: waiting twice, pending, succeeded."""
         self.jobs[job] = count = self.jobs.get(job, 0) + 1
         status = ("waiting", "waiting", "pending", "succeeded")[min(count, 4) - 1]
@@ -12197,7 +12182,7 @@ class DemoAkash(http.server.BaseHTTPRequestHandler):
         self._send(200, *lines, end, headers=self.STREAM_HEADERS, delay=delay)
 
     def _send(
-        self, status: int, *parts: bytes, headers: Dict[str, str] = JSON_TYPE, delay: float = 0.0
+        self, status: int, *parts: bytes, headers: dict[str, str] = JSON_TYPE, delay: float = 0.0
     ) -> None:
         self.send_response(status)
         headers = {**headers, "Keep-Alive": "timeout=5", "Transfer-Encoding": "chunked"}
@@ -12225,7 +12210,7 @@ DEMO_FIELDS = {"command", "cmd", "commands"}  # what agents call a shell's comma
 DEMO_VALUES = {"boolean": True, "number": 9, "integer": 9, "array": [], "object": {}}
 
 
-def demo_step(system: str, contents: List[str]) -> str:
+def demo_step(system: str, contents: list[str]) -> str:
     """Return the next answer to an agent, which writes, reads and measures a file.
 
     "" if there are no results yet, nor a function for the first step.
@@ -12250,7 +12235,7 @@ def demo_step(system: str, contents: List[str]) -> str:
     return DEMO_END if step else ""
 
 
-def demo_argument(name: str, schema: Dict[str, Any], command: str) -> Any:
+def demo_argument(name: str, schema: dict[str, Any], command: str) -> Any:
     """Return a value for a function's argument: the command, or any of its type."""
     if name not in DEMO_FIELDS:
         value = DEMO_VALUES.get(str(schema.get("type")), "a step of the demo")
@@ -13034,7 +13019,7 @@ setInterval(refresh, 1000);
 
 
 @functools.lru_cache(maxsize=None)
-def page() -> Tuple[bytes, Dict[str, str]]:
+def page() -> tuple[bytes, dict[str, str]]:
     """The page and its headers; it may run its own script and load nothing else."""
     import hashlib
 
@@ -13060,7 +13045,7 @@ def page() -> Tuple[bytes, Dict[str, str]]:
 # The command line, the log and signals.
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 2 for invalid settings or arguments."""
     set_signal_mask("SIG_BLOCK")  # until Signals: without a handler SIGHUP ends the process
     try:
@@ -13074,7 +13059,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         set_signal_mask("SIG_UNBLOCK")
 
 
-def command(argv: List[str]) -> int:
+def command(argv: list[str]) -> int:
     """Run the command; ConfigError if arguments or settings are invalid."""
     options = parse_flags(argv)
     if options.health:
@@ -13095,7 +13080,7 @@ def command(argv: List[str]) -> int:
     handler.setFormatter(LogFormat(settings.log_format))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # not shown
-    demo: Dict[str, Any] = {}
+    demo: dict[str, Any] = {}
     if options.demo:
         controllers = (ControllerSettings(type="akash", tools="prompt"),)
         demo = {"akash_base_url": DemoAkash.start(), "controllers": controllers, "upstream": ()}
@@ -13198,7 +13183,7 @@ class LogWriter(logging.Handler):
         written.wait(self.FLUSH_TIMEOUT)
 
 
-def parse_flags(argv: List[str]) -> Any:
+def parse_flags(argv: list[str]) -> Any:
     """Parse the command line; ConfigError. Accepts Go's spelling: -config_file."""
     argv = [
         re.sub(r"^--?([a-z][a-z_-]+)", lambda flag: "--" + flag[1].replace("_", "-"), word)
@@ -13256,7 +13241,7 @@ def argument_parser() -> Any:
             dest=item.name,
             metavar=metavar,
             help=text.replace("%", "%%"),
-            action="append" if item.type.startswith("Tuple") else "store",
+            action="append" if item.type.startswith("tuple") else "store",
         )
     return parser
 
@@ -13294,7 +13279,7 @@ def ask_controllers(settings: Settings) -> int:
     return 0 if all_right else 1
 
 
-def print_section(title: str, options: Any, sources: Dict[str, str]) -> None:
+def print_section(title: str, options: Any, sources: dict[str, str]) -> None:
     """Print the non-empty settings of a controller or key, some with their source."""
     print_text(f"\n[{title}]")
     for name, value in options.redacted_items():
@@ -13302,7 +13287,7 @@ def print_section(title: str, options: Any, sources: Dict[str, str]) -> None:
             print_text(f"{name}={value}" + (f" ({sources[name]})" if sources.get(name) else ""))
 
 
-def container_flags() -> List[str]:
+def container_flags() -> list[str]:
     """Return the flags of the server that is this container's process 1; else [].
 
     A HEALTHCHECK doesn't know the arguments of ``docker run``, which may name another address.
@@ -13358,7 +13343,7 @@ def start(server: Server, load: Callable[[], Settings], demo: bool) -> int:
 WILDCARDS = ("0.0.0.0", "::")  # listening on all interfaces
 
 
-def reachable_urls(server: Server) -> List[str]:
+def reachable_urls(server: Server) -> list[str]:
     """Return the base URLs by which other machines may reach the server."""
     if server.server_name not in WILDCARDS:
         return [server.url]
